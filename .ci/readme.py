@@ -1,0 +1,23 @@
+"""Run the Python code of the README, block after block, in one namespace; warnings are errors."""
+
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+warnings.simplefilter("error")
+# nutpie and JAX start threads and processes; these two are about that, and not about us
+warnings.filterwarnings("ignore", message="os.fork")
+warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+
+readme = (Path(__file__).parents[1] / "README.md").read_text()
+blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+if not blocks:
+    sys.exit("README.md has no Python code")
+namespace: dict = {"__name__": "__main__"}
+for number, block in enumerate(blocks, start=1):
+    print(f"README.md, block {number} of {len(blocks)}", flush=True)
+    exec(compile(block, f"README.md block {number}", "exec"), namespace)
