@@ -1,0 +1,165 @@
+"""Couplings: one half of the dimensions is transformed as the other half says."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import pytensor.tensor as pt
+
+from pymc_flows.bijections.base import Bijection
+
+
+class Transformer(abc.ABC):
+    """An elementwise bijection whose parameters a network computes.
+
+    ``raw`` has shape (draws, n_params, dim); all zeros is the identity.
+    """
+
+    n_params: ClassVar[int]
+
+    @abc.abstractmethod
+    def forward(self, z, raw):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+
+    @abc.abstractmethod
+    def inverse(self, x, raw):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+
+
+@dataclass(frozen=True)
+class Additive(Transformer):
+    """Shift only: ``x = z + shift`` (NICE, Dinh et al. 2015, arXiv:1410.8516, eq. 4)."""
+
+    n_params: ClassVar[int] = 1
+
+    def forward(self, z, raw):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| = 0 (draws,)."""
+        return z + raw[:, 0], pt.zeros_like(z[:, 0])
+
+    def inverse(self, x, raw):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| = 0 (draws,)."""
+        return x - raw[:, 0], pt.zeros_like(x[:, 0])
+
+
+@dataclass(frozen=True)
+class Affine(Transformer):
+    """Shift and scale: ``x = z exp(s) + shift`` (RealNVP, Dinh et al. 2017, arXiv:1605.08803, eq. 7).
+
+    The log-scale is softly clipped, ``s = (2a/π) atan(raw/a)``, at ``a = growth`` above zero and
+    ``a = shrinkage`` below (Andrade 2024, arXiv:2402.16408), so that no draw is thrown far out.
+    """
+
+    growth: float = 0.1
+    shrinkage: float = 2.0
+    n_params: ClassVar[int] = 2
+
+    def _log_scale(self, raw):
+        limit = pt.switch(raw > 0, np.asarray(self.growth, raw.dtype), self.shrinkage)
+        limit = limit.astype(raw.dtype)
+        return (2 / np.pi) * limit * pt.arctan(raw / limit)
+
+    def forward(self, z, raw):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        log_scale = self._log_scale(raw[:, 1])
+        return z * pt.exp(log_scale) + raw[:, 0], log_scale.sum(axis=1)
+
+    def inverse(self, x, raw):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        log_scale = self._log_scale(raw[:, 1])
+        return (x - raw[:, 0]) * pt.exp(-log_scale), -log_scale.sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Coupling(Bijection):
+    """Transform one half of the dimensions with parameters computed from the other half.
+
+    Dinh et al. 2017 (arXiv:1605.08803), eq. 4-8. The conditioner is a perceptron with tanh hidden
+    layers and a zero-initialised output. With ``dim`` 1 there is nothing to condition on, and the
+    transformer's parameters are weights themselves.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    transformer : Transformer
+        What is done to each transformed dimension.
+    hidden : tuple of int
+        Width of each hidden layer; empty for a linear conditioner.
+    """
+
+    transformer: Transformer = field(default_factory=Affine)
+    hidden: tuple[int, ...] = (32, 32)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must be widths of at least 1, got {self.hidden}")
+
+    @property
+    def _widths(self):
+        """Sizes of the conditioner's layers, from its input to its output."""
+        n_conditioning = self.dim // 2
+        n_out = self.transformer.n_params * (self.dim - n_conditioning)
+        return (n_conditioning, *self.hidden, n_out)
+
+    def init(self, rng):
+        """Draw hidden weights as Glorot & Bengio 2010 do; the output layer starts at zero."""
+        if self.dim == 1:
+            return {"b": np.zeros(self._widths[-1])}
+        weights, last = {}, len(self.hidden)
+        for i, (n_in, n_out) in enumerate(zip(self._widths[:-1], self._widths[1:], strict=True)):
+            limit = 0.0 if i == last else (6 / (n_in + n_out)) ** 0.5
+            weights[f"w{i}"] = rng.uniform(-limit, limit, size=(n_in, n_out))
+            weights[f"b{i}"] = np.zeros(n_out)
+        return weights
+
+    def _conditioner(self, kept, params, like):
+        if self.dim == 1:
+            out = pt.zeros_like(like) + params["b"]
+        else:
+            out = kept
+            for i in range(len(self.hidden)):
+                out = pt.tanh(_dense(out, params, i))
+            out = _dense(out, params, len(self.hidden))
+        n_params = self.transformer.n_params
+        return out.reshape((-1, n_params, self._widths[-1] // n_params))
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        n_kept = self.dim // 2
+        kept = z[:, :n_kept]
+        transformed, log_det = self.transformer.forward(
+            z[:, n_kept:], self._conditioner(kept, params, z)
+        )
+        return _side_by_side(transformed, kept, z), log_det
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        n_transformed = self.dim - self.dim // 2
+        kept = x[:, n_transformed:]
+        transformed, log_det = self.transformer.inverse(
+            x[:, :n_transformed], self._conditioner(kept, params, x)
+        )
+        return _side_by_side(kept, transformed, x), log_det
+
+
+def _dense(x, params, i):
+    """``x @ w + b``, with b as a product: its gradient is then one too, where Sum's compiles slowly."""
+    ones = pt.ones_like(x[:, :1])
+    return x @ params[f"w{i}"] + ones @ params[f"b{i}"][None, :]
+
+
+def _side_by_side(left, right, like):
+    """Concatenate columns; by assignment where the shape is static.
+
+    The gradient of an assignment is slices; that of Join is Split, which numba compiles slowly.
+    """
+    if None in like.type.shape:
+        return pt.concatenate([left, right], axis=1)
+    whole = pt.empty(like.type.shape, dtype=like.dtype)
+    n_left = left.type.shape[1]
+    whole = pt.set_subtensor(whole[:, :n_left], left)
+    return pt.set_subtensor(whole[:, n_left:], right)

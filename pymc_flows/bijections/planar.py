@@ -1,0 +1,93 @@
+"""Maps that bend space along a plane or around a point (Rezende & Mohamed 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytensor.tensor as pt
+
+from pymc_flows.bijections.base import Bijection
+
+
+@dataclass(frozen=True)
+class Planar(Bijection):
+    """Bend along a hyperplane: ``x = z + û tanh(w·z + b)``.
+
+    Rezende & Mohamed 2015 (arXiv:1505.05770), eq. 10, with û from their A.1, which keeps
+    ``w·û > -1``. Inverting it needs a root finder, so ``invertible`` is False.
+    """
+
+    invertible: ClassVar[bool] = False
+
+    def init(self, rng):
+        """Start near the identity, in a random direction."""
+        w = rng.normal(size=self.dim) / self.dim**0.5
+        # û = 0, the identity, is where m(w·u) = w·u + (0 - w·u): m(a) = 0 at a = log(e - 1)
+        u = w * np.log(np.expm1(1.0)) / (w @ w)
+        return {"u": u, "w": w, "b": np.zeros(())}
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        w, wu = params["w"], pt.dot(params["w"], params["u"])
+        steepness = pt.softplus(wu)  # 1 + w·û: positive, so x stays invertible in z
+        u_hat = params["u"] + (steepness - 1 - wu) * w / pt.dot(w, w)
+        h = pt.tanh(z @ w + params["b"])
+        # 1 + (1 - h²) w·û, as a sum of positive terms: as w·û nears -1 nothing cancels
+        return z + h[:, None] * u_hat, pt.log(h**2 + (1 - h**2) * steepness)
+
+
+@dataclass(frozen=True)
+class Radial(Bijection):
+    """Push out from, or pull in to, a point: ``x = z + β (z - z0) / (α + |z - z0|)``.
+
+    Rezende & Mohamed 2015 (arXiv:1505.05770), eq. 14, with ``α = softplus(raw_alpha)`` and
+    ``β = -α + softplus(raw_beta)`` from their A.2. The distance from z0 solves a quadratic, so
+    the inverse is exact.
+    """
+
+    def init(self, rng):
+        """Start at the identity, about a random point of the base noise."""
+        return {
+            "z0": rng.normal(size=self.dim),
+            "raw_alpha": np.zeros(()),
+            "raw_beta": np.zeros(()),
+        }
+
+    def _alpha_total(self, params):
+        """α, and α + β: both positive, where β itself may round to -α."""
+        return pt.softplus(params["raw_alpha"]), pt.softplus(params["raw_beta"])
+
+    def _log_det(self, r, alpha, total):
+        # 1 + βh and 1 + βh + βh'r = 1 + αβ / (α + r)², as sums of positive terms
+        reach = alpha + r
+        across = (total + r) / reach
+        along = (r / reach) * (1 + alpha / reach) + (alpha / reach) * (total / reach)
+        return (self.dim - 1) * pt.log(across) + pt.log(along)
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        alpha, total = self._alpha_total(params)
+        away = z - params["z0"]
+        r = _norm(away)
+        x = z + ((total - alpha) / (alpha + r))[:, None] * away
+        return x, self._log_det(r, alpha, total)
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        alpha, total = self._alpha_total(params)
+        away = x - params["z0"]
+        distance = _norm(away)
+        # distance = r (r + α + β) / (r + α), so r² + (α + β - distance) r - α distance = 0
+        half = (distance - total) / 2
+        root = pt.sqrt(half**2 + alpha * distance)
+        # the positive root, written for either sign of half without cancellation
+        r = pt.switch(half > 0, half + root, alpha * distance / (root + pt.abs(half)))
+        z = params["z0"] + ((alpha + r) / (total + r))[:, None] * away
+        return z, -self._log_det(r, alpha, total)
+
+
+def _norm(x):
+    """Euclidean norm of each row, with a zero gradient at 0 instead of NaN."""
+    return pt.sqrt((x**2).sum(axis=1) + np.finfo(x.dtype).tiny)
