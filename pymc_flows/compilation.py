@@ -1,0 +1,65 @@
+"""Which backend computes, and compiling for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pymc.pytensorf import compile as pymc_compile
+from pymc.pytensorf import resolve_backend_compile_kwargs
+
+
+def compile_function(
+    inputs,
+    outputs,
+    *,
+    backend: str | None = None,
+    compile_kwargs: dict[str, Any] | None = None,
+    trial: Callable[[Callable], Any] | None = None,
+    **kwargs,
+):
+    """Compile for a backend, and call once to see that it works there.
+
+    Parameters
+    ----------
+    inputs, outputs
+        As in ``pymc.pytensorf.compile``.
+    backend : {"jax", "numba", "c"} or None
+        None is JAX where it is installed, and, with a warning, PyTensor's default where JAX can't
+        compile the graph; PyTensor's default where JAX is not installed.
+    compile_kwargs : dict, optional
+        Passed on; its ``mode`` cannot be combined with ``backend``.
+    trial : callable, optional
+        Calls the compiled function; JAX says what it can't do only then.
+    **kwargs
+        Passed on.
+    """
+    chosen = resolve_backend_compile_kwargs(backend, compile_kwargs)
+    choose_jax = "mode" not in chosen and importlib.util.find_spec("jax") is not None
+
+    def attempt(extra):
+        with warnings.catch_warnings():
+            # the copies that it speaks of are seeded by compile, just before they are made
+            warnings.filterwarnings("ignore", message="The RandomType SharedVariables")
+            function = pymc_compile(
+                inputs, outputs, trust_input=True, **{**chosen, **extra, **kwargs}
+            )
+            if trial is not None:
+                trial(function)
+        return function
+
+    if not choose_jax:
+        return attempt({})
+    try:
+        return attempt({"mode": "JAX"})
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"JAX can't compile this model ({type(error).__name__}: {first_line}); PyTensor's "
+            "default backend is used instead. backend='numba' does so without this warning",
+            UserWarning,
+            stacklevel=3,
+        )
+    return attempt({})

@@ -1,0 +1,326 @@
+"""Named recipes for flows, and PyMC3's formula grammar."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pymc_flows.bijections import (
+    Additive,
+    Affine,
+    Bijection,
+    Chain,
+    Coupling,
+    Householder,
+    Loc,
+    LowerTriangular,
+    Planar,
+    Radial,
+    Scale,
+)
+
+DEFAULT_FAMILY = "realnvp"
+FULL_AFFINE_MAX_DIM = 200
+
+
+class UnknownFlowError(KeyError, ValueError):
+    """A family, a formula's part or an option that does not exist."""
+
+    def __str__(self) -> str:
+        """Return the message as written; KeyError would quote it."""
+        return str(self.args[0])
+
+
+def planar(dim: int, *, n_layers: int = 16, affine: str | None = None) -> Chain:
+    """Bends along hyperplanes (Rezende & Mohamed 2015, arXiv:1505.05770), then an affine map.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 16
+        Number of planar layers.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map: with all covariances, or with scales only. By default full up to
+        200 dimensions, diagonal above.
+    """
+    return Chain([Planar(dim)] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def radial(dim: int, *, n_layers: int = 16, affine: str | None = None) -> Chain:
+    """Pulls and pushes around points (Rezende & Mohamed 2015, arXiv:1505.05770), then an affine map.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 16
+        Number of radial layers.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    return Chain([Radial(dim)] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def householder(dim: int, *, n_layers: int = 8, affine: str | None = "diagonal") -> Chain:
+    """Scales, then reflections (Tomczak & Welling 2016, arXiv:1611.09630), then an affine map.
+
+    A Gaussian with as much correlation as ``n_layers`` reflections give it.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of reflections.
+    affine : {"full", "diagonal"}, default "diagonal"
+        The last, affine map, as in :func:`planar`.
+    """
+    reflections = [Householder(dim)] * _at_least_one(n_layers=n_layers)
+    return Chain([Scale(dim), *reflections, *_affine(dim, affine)])
+
+
+def nice(
+    dim: int, *, n_layers: int = 8, hidden: Iterable[int] = (32, 32), affine: str | None = None
+) -> Chain:
+    """Additive couplings on alternating halves (Dinh et al. 2015, arXiv:1410.8516), then an affine map.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of couplings.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the conditioners.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    coupling = Coupling(dim, Additive(), _widths(hidden))
+    return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def realnvp(
+    dim: int, *, n_layers: int = 8, hidden: Iterable[int] = (32, 32), affine: str | None = None
+) -> Chain:
+    """Affine couplings on alternating halves (Dinh et al. 2017, arXiv:1605.08803), then an affine map.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of couplings.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the conditioners.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    coupling = Coupling(dim, Affine(), _widths(hidden))
+    return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def _at_least_one(**option: int) -> int:
+    ((name, value),) = option.items()
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def _widths(hidden) -> tuple[int, ...]:
+    if not isinstance(hidden, Iterable) or isinstance(hidden, str):
+        raise ValueError(f"hidden must be a sequence of widths such as (32, 32), got {hidden!r}")
+    return tuple(_at_least_one(hidden=width) for width in hidden)
+
+
+def _affine(dim: int, kind: str | None) -> list[Bijection]:
+    kinds = ("full", "diagonal")
+    if kind is None:
+        kind = "full" if dim <= FULL_AFFINE_MAX_DIM else "diagonal"
+    if kind not in kinds:
+        raise ValueError(f"affine must be one of {kinds} or None, got {kind!r}")
+    return [LowerTriangular(dim)] if kind == "full" else [Scale(dim), Loc(dim)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A recipe and what users should know of it."""
+
+    build: Callable[..., Chain]
+    paper: str
+    density_of_any_point: str
+    best_for: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the recipe's options."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+FAMILIES: dict[str, Family] = {
+    "planar": Family(planar, "Rezende & Mohamed 2015", "no inverse", "mild bends, few weights"),
+    "radial": Family(radial, "Rezende & Mohamed 2015", "one pass", "mild swells, few weights"),
+    "householder": Family(
+        householder, "Tomczak & Welling 2016", "one pass", "correlated Gaussians"
+    ),
+    "nice": Family(nice, "Dinh et al. 2015", "one pass", "curved, of even spread"),
+    "realnvp": Family(realnvp, "Dinh et al. 2017", "one pass", "curved and funnelled; the default"),
+}
+
+FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
+    "scale": Scale,
+    "loc": Loc,
+    "hh": Householder,
+    "planar": Planar,
+    "radial": Radial,
+}
+
+DEFAULT_ALIASES = ("flow", "nfvi")
+
+
+def families():
+    """List the families of flows, one line each.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by the name that ``pm.fit(method=...)`` and ``pm.Group(vfam=...)`` take, with
+        columns ``paper``, ``density_of_any_point`` (whether ``log_density`` works, at what cost),
+        ``best_for`` and ``options`` (their defaults).
+    """
+    import pandas as pd
+
+    rows = {
+        name: {
+            "paper": family.paper,
+            "density_of_any_point": family.density_of_any_point,
+            "best_for": family.best_for,
+            "options": ", ".join(f"{k}={v!r}" for k, v in family.options.items()),
+        }
+        for name, family in FAMILIES.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("family")
+
+
+def is_flow(name: Any) -> bool:
+    """Whether a name is a family's, an alias of the default's, or has a formula's form."""
+    if isinstance(name, Bijection):
+        return True
+    if not isinstance(name, str):
+        return False
+    name = name.lower().strip()
+    if name in FAMILIES or name in DEFAULT_ALIASES:
+        return True
+    parts = [part.partition("*")[0].strip() for part in name.split("-")]
+    return "*" in name or name.startswith("nfvi=") or any(p in FORMULA_LAYERS for p in parts)
+
+
+def build_flow(
+    flow: str | Bijection, dim: int, options: Mapping[str, Any] | None = None
+) -> Bijection:
+    """Make the bijection that a family's name or a formula stands for.
+
+    Parameters
+    ----------
+    flow : str or Bijection
+        A family's name, a formula such as ``"scale-hh*5-radial*4-loc"``, or a ready bijection.
+    dim : int
+        Number of dimensions.
+    options : mapping, optional
+        The family's options; a formula and a ready bijection have none.
+
+    Raises
+    ------
+    UnknownFlowError
+        If the name, a part of the formula or an option does not exist.
+    ValueError
+        If an option has an impossible value, or a ready bijection another ``dim``.
+    """
+    options = dict(options or {})
+    check_flow(flow, options)
+    if isinstance(flow, Bijection):
+        if flow.dim != dim:
+            raise ValueError(f"dim of the bijection must be the group's, {dim}, got {flow.dim}")
+        return flow
+    name = canonical(flow)
+    if name in FAMILIES:
+        return FAMILIES[name].build(dim, **options)
+    return Chain([FORMULA_LAYERS[layer](dim) for layer in parse_formula(name)])
+
+
+def canonical(flow: str) -> str:
+    """Lower-case a name, replace the default's aliases, and take ``nfvi=`` off a formula."""
+    name = flow.lower().replace(" ", "").removeprefix("nfvi=")
+    return DEFAULT_FAMILY if name in DEFAULT_ALIASES else name
+
+
+def check_flow(flow: str | Bijection, options: Mapping[str, Any]) -> None:
+    """Raise UnknownFlowError unless the flow exists and has these options."""
+    if isinstance(flow, Bijection):
+        known, kind = [], "a ready bijection"
+    elif (name := canonical(flow)) in FAMILIES:
+        known, kind = list(FAMILIES[name].options), f"family {name!r}"
+    else:
+        parse_formula(name)
+        known, kind = [], f"formula {name!r}"
+    for option in options:
+        if option not in known:
+            listing = f"Options: {', '.join(known)}" if known else "It has no options"
+            raise UnknownFlowError(
+                f"unknown option {option} for {kind}{nearest(option, known)}. {listing}"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` for a misspelt name, or nothing where none is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def parse_formula(formula: str) -> list[str]:
+    """Read PyMC3's grammar: ``-`` separates layers, ``*n`` repeats one, the first is nearest the noise.
+
+    Parameters
+    ----------
+    formula : str
+        For example ``"scale-hh*5-radial*4-loc"``; case and spaces are ignored.
+
+    Returns
+    -------
+    list of str
+        Names of layers, keys of ``FORMULA_LAYERS``.
+
+    Raises
+    ------
+    UnknownFlowError
+        With the faulty part marked.
+    """
+    formula = formula.lower().replace(" ", "")
+    layers: list[str] = []
+    start = 0
+    for part in formula.split("-"):
+        name, star, count = part.partition("*")
+        problem = ""
+        if not name:
+            problem = "a layer is missing here"
+        elif name not in FORMULA_LAYERS and name in FAMILIES:
+            problem = f"{name!r} is a family, which stands alone and is no layer of a formula"
+        elif name not in FORMULA_LAYERS:
+            names = [*FORMULA_LAYERS, *FAMILIES] if part == formula else list(FORMULA_LAYERS)
+            problem = f"{name!r} is no flow{nearest(name, names)}"
+        elif star and not (count.isascii() and count.isdigit() and int(count) >= 1):
+            problem = f"the repeat must be a whole number of at least 1, got {count!r}"
+        if problem:
+            raise UnknownFlowError(
+                f"{problem} (in {formula!r})\n  {formula}\n  {' ' * start}{'^' * max(len(part), 1)}\n"
+                f"Layers of a formula: {', '.join(FORMULA_LAYERS)}. Families: {', '.join(FAMILIES)}"
+            )
+        layers += [name] * (int(count) if star else 1)
+        start += len(part) + 1
+    return layers

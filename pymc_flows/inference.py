@@ -1,0 +1,353 @@
+"""NFVI: what ``pm.fit`` runs for a flow."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pymc as pm
+from pymc.progress_bar import default_progress_theme
+from pymc.variational.inference import Inference
+from pymc.variational.operators import KL
+from pymc.variational.opvi import Approximation, Group
+
+from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
+from pymc_flows.bijections import Bijection
+from pymc_flows.families import FAMILIES, canonical, nearest
+from pymc_flows.objective import build_objective
+from pymc_flows.training import Run, Schedule, Step, settle, train
+
+DEFAULT_STEPS = 5000
+DEFAULT_DRAWS = 64
+DEFAULT_RATE = 5e-3
+REFINE_RATE = 0.2
+FIT_OPTIONS = (
+    "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
+    "learning_rate", "annealing", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
+    "more_obj_params", "more_updates", "more_replacements", "compile_kwargs",
+)  # fmt: skip
+
+
+class NFVI(Inference):
+    """Variational inference with normalizing flows (Rezende & Mohamed 2015, arXiv:1505.05770).
+
+    Maximises the evidence lower bound by stochastic gradients through the reparametrized draws.
+
+    Parameters
+    ----------
+    flow : str, Bijection, list of Group, or Approximation, default "flow"
+        A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, a
+        ready bijection; or groups (flows or PyMC's own, together with all variables); or an
+        approximation to fit further.
+    model : Model, optional
+        Taken from the context otherwise.
+    random_seed : int, optional
+        The same seed gives the same fit, on one backend and machine.
+    start : dict, optional
+        Where the flow is centred, by variable, in the model's own space; the model's initial point
+        otherwise.
+    **options
+        The family's, such as ``n_layers=8``.
+
+    Raises
+    ------
+    UnknownFlowError
+        For a family, formula, option or variable that does not exist; the message names the nearest.
+    GroupError
+        If groups overlap, miss variables, or have no density.
+    """
+
+    def __init__(
+        self,
+        flow: str | Bijection | Sequence[Group] | Approximation = "flow",
+        *,
+        model: pm.Model | None = None,
+        random_seed: int | None = None,
+        start: dict[str, Any] | None = None,
+        **options,
+    ) -> None:
+        if isinstance(flow, str | Bijection):
+            approx = NormalizingFlow(
+                flow, model=model, random_seed=random_seed, start=start, **options
+            )
+        else:
+            given = [*(["start"] if start is not None else []), *options]
+            if given:
+                raise TypeError(
+                    f"{given[0]} must be given to each group, as in "
+                    f"pm.Group(..., {given[0]}=...), not to NFVI"
+                )
+            approx = _joint(flow, model, random_seed)
+        super().__init__(KL, approx, None)
+        self._step: Step | None = None
+        self._fit_options: dict[str, Any] = {}
+        self._steps_taken = 0
+
+    def fit(
+        self,
+        n: int | None = None,
+        score: bool | None = None,
+        callbacks: Sequence[Callable] | None = None,
+        progressbar: bool = True,
+        progressbar_theme=default_progress_theme,
+        *,
+        backend: str | None = None,
+        include_transformed: bool = False,
+        learning_rate: float | None = None,
+        annealing: int = 0,
+        vectorize: bool = True,
+        obj_n_mc: int | None = None,
+        obj_optimizer: Callable | None = None,
+        total_grad_norm_constraint: float | None = None,
+        more_obj_params: Sequence | None = None,
+        more_updates: dict | None = None,
+        more_replacements: dict | None = None,
+        compile_kwargs: dict | None = None,
+        **kwargs,
+    ) -> FlowApproximation:
+        """Fit the approximation.
+
+        Parameters
+        ----------
+        n : int, default 5000
+            Number of steps; 0 only initialises.
+        score : bool, default True
+            Record the loss (the negative ELBO, in nats) of each step in ``approx.hist``.
+        callbacks : sequence of callable, optional
+            Called as ``callback(approx, losses, i)`` after each step; StopIteration ends the fit.
+        progressbar, progressbar_theme
+            As in ``pm.fit``.
+        backend : {"jax", "numba", "c"}, optional
+            By default JAX where it is installed, else PyTensor's default.
+        include_transformed : bool, default False
+            Whether ``approx.state`` also has the unconstrained variables.
+        learning_rate : float, default 0.005
+            Highest rate of Adam, after the warm-up and before the decay.
+        annealing : int, default 0
+            Steps over which the model's density is flattened, ever less, so that a flow finds modes
+            apart from its start: raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende
+            & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO.
+        vectorize : bool, default True
+            Evaluate the log density of all draws as one batch; False loops over them.
+        obj_n_mc : int, default 64
+            Draws a step.
+        obj_optimizer : callable, optional
+            One of PyMC's, such as ``pm.adam(learning_rate=1e-3)``, in place of ours; it then has no
+            schedule and no adaptive clipping.
+        total_grad_norm_constraint : float, optional
+            Bound on the gradient's norm.
+        more_obj_params, more_updates, more_replacements, compile_kwargs
+            As in ``pm.fit``.
+
+        Returns
+        -------
+        FlowApproximation
+            Also at ``self.approx``; its ``fit_stats`` say what the fit took.
+
+        Raises
+        ------
+        FloatingPointError
+            If steps keep being not finite; names the variable.
+        """
+        _check_fit_options(kwargs, self.approx)
+        n = DEFAULT_STEPS if n is None else n
+        n_draws = DEFAULT_DRAWS if obj_n_mc is None else obj_n_mc
+        rate = DEFAULT_RATE if learning_rate is None else learning_rate
+        if learning_rate is not None and obj_optimizer is not None:
+            raise TypeError("learning_rate must not be given with obj_optimizer, which has its own")
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        if annealing < 0:
+            raise ValueError(f"annealing must be at least 0, got {annealing}")
+        if n_draws < 1:
+            raise ValueError(f"obj_n_mc must be at least 1, got {n_draws}")
+        self.approx.backend = backend
+        for group in self.approx.groups:
+            group.include_transformed = include_transformed
+        self._fit_options = {
+            "callbacks": list(callbacks or ()),
+            "score": self._maybe_score(score),
+            "theme": progressbar_theme,
+            "rate": rate,
+        }
+        started = time.perf_counter()
+        self.approx.fit_stats = {
+            "gradient_evaluations": 0,
+            "steps": 0,
+            "seconds": {"compile": 0.0, "start": 0.0, "training": 0.0},
+            "stopped": "",
+            "nonfinite_steps": 0,
+            "invalid_draws": 0,
+        }
+        if n > 0:
+            self._step = self._compile_step(
+                n_draws, vectorize, obj_optimizer, total_grad_norm_constraint,
+                more_obj_params, more_updates, more_replacements, backend, compile_kwargs,
+            )  # fmt: skip
+            self.approx.fit_stats["seconds"]["compile"] = time.perf_counter() - started
+        self._steps_taken = 0
+        self._train(n, Schedule(rate, max(n, 1), annealing), progressbar)
+        return self.approx
+
+    def refine(
+        self,
+        n: int,
+        progressbar: bool = True,
+        progressbar_theme=None,
+        *,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Continue the fit with the compiled step, optimizer's memory and noise that it has.
+
+        Parameters
+        ----------
+        n : int
+            Further steps.
+        progressbar, progressbar_theme
+            As in ``pm.fit``.
+        learning_rate : float, optional
+            Highest rate of a new schedule; a fifth of the fit's by default.
+
+        Raises
+        ------
+        TypeError
+            If there was no fit.
+        """
+        if self._step is None:
+            raise TypeError("Need to call `.fit` first")
+        if progressbar_theme is not None:
+            self._fit_options["theme"] = progressbar_theme
+        rate = REFINE_RATE * self._fit_options["rate"] if learning_rate is None else learning_rate
+        self._train(n, Schedule(rate, max(n, 1)), progressbar)
+
+    def run_profiling(self, n: int = 1000, score: bool | None = None, *, backend=None, **kwargs):
+        """Take ``n`` steps with PyTensor's profiler on; return the profile.
+
+        Parameters
+        ----------
+        n : int, default 1000
+            Number of steps.
+        score : bool, optional
+            Has no effect; the loss is always computed.
+        backend, **kwargs
+            As in :meth:`fit`.
+        """
+        compile_kwargs = {**(kwargs.pop("compile_kwargs", None) or {}), "profile": True}
+        self.fit(n, progressbar=False, backend=backend, compile_kwargs=compile_kwargs, **kwargs)
+        assert self._step is not None
+        return self._step.function.profile
+
+    def _compile_step(
+        self, n_draws, vectorize, optimizer, max_norm, more_params, more_updates,
+        more_replacements, backend, compile_kwargs,
+    ) -> Step:  # fmt: skip
+        with self.approx.model:
+            objective = build_objective(
+                self.approx,
+                n_draws,
+                vectorize=vectorize,
+                more_params=more_params or (),
+                more_replacements=more_replacements,
+            )
+            return Step(
+                self.approx,
+                objective,
+                seed=int(self.approx.rng.randint(2**30)),
+                optimizer=optimizer,
+                max_norm=max_norm,
+                more_updates=more_updates,
+                backend=backend,
+                compile_kwargs=compile_kwargs,
+            )
+
+    def _train(self, n, schedule, progressbar):
+        options, approx = self._fit_options, self.approx
+        run = Run(stopped="initialisation only")
+        try:
+            if n > 0:
+                run = train(
+                    self._step,
+                    approx,
+                    schedule,
+                    n,
+                    callbacks=options["callbacks"],
+                    score=options["score"],
+                    steps_before=self._steps_taken,
+                    progressbar=progressbar,
+                    theme=options["theme"],
+                )
+        finally:
+            settle(approx.params)
+        if options["score"]:
+            self.hist = np.concatenate([self.hist, run.losses])
+        approx.hist = self.hist
+        self._steps_taken += run.losses.size
+        self._record(run)
+
+    def _record(self, run: Run) -> None:
+        stats = self.approx.fit_stats
+        n_draws = self._step.n_draws if self._step else 0
+        stats["steps"] += run.losses.size
+        stats["gradient_evaluations"] += run.losses.size * n_draws
+        stats["seconds"]["training"] += run.seconds
+        stats["stopped"] = run.stopped
+        stats["nonfinite_steps"] += run.nonfinite_steps
+        stats["invalid_draws"] += run.invalid_draws
+        share = run.invalid_draws / max(1, run.losses.size * n_draws)
+        if share > 0.01 or run.nonfinite_steps > 0.01 * max(1, run.losses.size):
+            warnings.warn(
+                f"{run.nonfinite_steps} of {run.losses.size} steps were skipped as not finite, and "
+                f"{share:.1%} of the other steps' draws were left out: the model's log density or "
+                "its gradient is not finite where the approximation has mass",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _joint(flow, model, random_seed) -> FlowApproximation:
+    """An approximation as it is, or groups as one."""
+    if isinstance(flow, FlowApproximation):
+        if random_seed is not None:
+            flow.rng = np.random.RandomState(random_seed)
+        return flow
+    if isinstance(flow, Approximation):
+        flow = flow.groups
+    if not isinstance(flow, Sequence) or not all(isinstance(g, Group) for g in flow):
+        raise TypeError(
+            "flow must be a family's name, a formula, a bijection, a list of pm.Group or an "
+            f"approximation, got {flow!r}"
+        )
+    approx = FlowApproximation(flow, model=model, random_seed=random_seed)
+    if random_seed is not None:
+        seeds = np.random.SeedSequence(random_seed).generate_state(len(approx.groups))
+        for group, seed in zip(approx.groups, seeds, strict=True):
+            if isinstance(group, FlowGroup) and not group.seeded:
+                group.reseed(int(seed))
+    return approx
+
+
+def _check_fit_options(kwargs, approx):
+    for name in ("tf_n_mc", "test_optimizer", "more_tf_params"):
+        if kwargs.pop(name, None) is not None:
+            warnings.warn(f"`{name}` is not used for NFVI and ignored", UserWarning, stacklevel=4)
+    for name in kwargs:
+        options = [o for g in approx.groups for o in _options_of(g)]
+        if name in options:
+            raise TypeError(
+                f"{name} is an option of the family: give it to NFVI(..., {name}=...), or to "
+                f"pm.fit as inf_kwargs={{{name!r}: ...}}"
+            )
+        raise TypeError(
+            f"unknown argument {name} of fit{nearest(name, FIT_OPTIONS)}. "
+            f"Arguments: {', '.join(FIT_OPTIONS)}"
+        )
+
+
+def _options_of(group):
+    if not isinstance(group, FlowGroup) or isinstance(group.flow, Bijection):
+        return []
+    family = FAMILIES.get(canonical(group.flow))
+    return list(family.options) if family else []

@@ -1,0 +1,134 @@
+"""How ``pm.fit`` and ``pm.Group`` learn the names of flows, and forget them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import pymc as pm
+from pymc.variational import inference as pymc_inference
+from pymc.variational.opvi import Group
+
+from pymc_flows.approximation import FlowGroup
+from pymc_flows.bijections import Bijection
+from pymc_flows.families import (
+    DEFAULT_ALIASES,
+    FAMILIES,
+    FORMULA_LAYERS,
+    UnknownFlowError,
+    is_flow,
+    nearest,
+)
+from pymc_flows.inference import NFVI
+
+PYMC_METHODS = ("advi", "fullrank_advi", "svgd", "asvgd")
+_pymc_fit = inspect.unwrap(pymc_inference.fit)
+_pymc_group_for_short_name = inspect.unwrap(Group.group_for_short_name.__func__)
+
+
+def fit(
+    n: int | None = None,
+    method: str | Bijection | NFVI = "flow",
+    model: pm.Model | None = None,
+    random_seed: int | None = None,
+    start: dict[str, Any] | None = None,
+    start_sigma: dict[str, Any] | None = None,
+    inf_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+):
+    """Fit a flow to a model: what ``pm.fit(method=...)`` does for our methods.
+
+    Parameters
+    ----------
+    n : int, default 5000
+        Number of steps.
+    method : str, Bijection or NFVI, default "flow"
+        A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, either
+        after ``"nfvi="`` if you like, or an NFVI instance.
+    model : Model, optional
+        Taken from the context otherwise.
+    random_seed : int, optional
+        The same seed gives the same fit.
+    start : dict, optional
+        Where the flow is centred, in the model's own space.
+    start_sigma
+        Only ADVI takes it.
+    inf_kwargs : dict, optional
+        The family's options, such as ``{"n_layers": 4}``.
+    **kwargs
+        Passed to :meth:`NFVI.fit`.
+
+    Returns
+    -------
+    FlowApproximation
+    """
+    if start_sigma is not None:
+        raise NotImplementedError("start_sigma is only available for method advi")
+    if not isinstance(method, NFVI):
+        method = NFVI(method, model=model, random_seed=random_seed, start=start, **inf_kwargs or {})
+        return method.fit(n, **kwargs)
+    late = {"random_seed": random_seed, "start": start, "inf_kwargs": inf_kwargs}
+    for name, value in late.items():
+        if value is not None:
+            raise TypeError(f"{name} must be given to NFVI(...), which is made already, not to fit")
+    if model is not None and model is not method.approx.model:
+        raise TypeError("model must be the one that NFVI was made for, or None")
+    return method.fit(n, **kwargs)
+
+
+@functools.wraps(_pymc_fit)
+def _fit(*args, **kwargs):
+    method = inspect.signature(_pymc_fit).bind(*args, **kwargs).arguments.get("method", "advi")
+    if isinstance(method, NFVI) or is_flow(method):
+        return fit(*args, **kwargs)
+    if isinstance(method, str) and method.lower() not in PYMC_METHODS:
+        known = [*PYMC_METHODS, *DEFAULT_ALIASES, *FAMILIES]
+        raise UnknownFlowError(
+            f"unknown method {method!r}{nearest(method.lower(), known)}. Methods: "
+            f"{', '.join(known)}, a formula of {', '.join(FORMULA_LAYERS)}, or an "
+            "Inference instance"
+        )
+    return _pymc_fit(*args, **kwargs)
+
+
+def _group_for_short_name(cls, name):
+    if is_flow(name):
+        return FlowGroup
+    try:
+        return _pymc_group_for_short_name(cls, name)
+    except KeyError:
+        known = list(_names())
+        raise UnknownFlowError(
+            f"unknown vfam {name!r}{nearest(name.lower(), known)}. Families: {', '.join(known)}"
+        ) from None
+
+
+def _names() -> dict[str, type[Group]]:
+    return Group._Group__name_registry  # type: ignore[attr-defined]
+
+
+def _param_specs() -> dict[frozenset, type[Group]]:
+    return Group._Group__param_registry  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Teach ``pm.fit`` and ``pm.Group`` our names; importing pymc_flows does. Twice is once."""
+    unregister()
+    Group.register(FlowGroup)
+    Group.group_for_short_name = classmethod(_group_for_short_name)
+    _set_fit(_fit)
+
+
+def unregister() -> None:
+    """Leave PyMC as it was before ``import pymc_flows``; :func:`register` brings us back."""
+    for name in (FlowGroup.short_name, *FlowGroup.alias_names):
+        _names().pop(name, None)
+    _param_specs().pop(frozenset(FlowGroup.__param_spec__), None)
+    Group.group_for_short_name = classmethod(_pymc_group_for_short_name)
+    _set_fit(_pymc_fit)
+
+
+def _set_fit(function) -> None:
+    for module in (pm, pm.variational, pymc_inference):
+        module.fit = function
