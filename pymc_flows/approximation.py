@@ -77,7 +77,7 @@ class FlowGroup(Group):
         For a family, formula or option that does not exist.
     """
 
-    __param_spec__ = {"weights": ("n",)}
+    __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
     short_name = "flow"
     alias_names = frozenset(["nfvi", *FAMILIES])
 
@@ -383,12 +383,12 @@ class FlowApproximation(Approximation):
             )
 
     def log_density(self, points, space="constrained"):
-        """Log density of the approximation at given points.
+        r"""Log density of the approximation at given points.
 
         Parameters
         ----------
         points : mapping of str to array, Dataset or DataTree
-            For every free variable an array (\\*sample shape, \\*shape of the variable); of a
+            For every free variable an array (\*sample shape, \*shape of the variable); of a
             DataTree its ``posterior``. Other variables of the model are ignored.
         space : {"constrained", "unconstrained"}
             ``constrained``: names and values as in the model, density with respect to those values;
@@ -397,7 +397,7 @@ class FlowApproximation(Approximation):
         Returns
         -------
         ndarray
-            (\\*sample shape), in nats; -inf outside the support.
+            (\*sample shape), in nats; -inf outside the support.
 
         Raises
         ------

@@ -21,6 +21,7 @@ from pytensor.graph.replace import graph_replace, vectorize_graph
 from pytensor.graph.rewriting.basic import in2out
 from pytensor.graph.traversal import ancestors
 from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
 
 
@@ -73,7 +74,7 @@ def batch(
     values: Mapping[str, TensorVariable],
     vectorize: bool = True,
 ) -> list[TensorVariable]:
-    """Evaluate graphs of a model's value variables on a batch of values.
+    r"""Evaluate graphs of a model's value variables on a batch of values.
 
     Parameters
     ----------
@@ -82,12 +83,12 @@ def batch(
     model : Model
         Whose value variables they are.
     values : mapping of str to TensorVariable
-        Value variable's name to (draws, \\*shape).
+        Value variable's name to (draws, \*shape).
     vectorize : bool
         Batch the graph; otherwise, or with a warning if it can't be, scan over the draws.
     """
     n_draws = next(iter(values.values())).shape[0]
-    graphs = _bounds_per_draw(graphs, model.check_bounds)
+    graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
     if vectorize:
         try:
@@ -106,7 +107,7 @@ def batch(
 
 
 def _refuse_branches(graphs):
-    """An IfElse can be batched in name only: most backends then fail when they run it."""
+    """Raise for an IfElse: it can be batched in name only, and most backends then fail."""
     for variable in ancestors(graphs):
         op = variable.owner.op if variable.owner is not None else None
         if isinstance(op, Blockwise) and isinstance(op.core_op, IfElse):
@@ -114,7 +115,7 @@ def _refuse_branches(graphs):
 
 
 def _with_draws(batched, graph, n_draws):
-    """A graph that depends on no value has no draws axis yet."""
+    """Add the draws axis to a graph that depends on no value."""
     if batched.ndim > graph.ndim:
         return batched
     return pt.broadcast_to(batched, (n_draws, *batched.shape))
@@ -130,13 +131,14 @@ def _loop(graphs, replacements):
     return found if isinstance(found, list) else [found]
 
 
-def _bounds_per_draw(graphs, check_bounds):
-    """Turn parameter checks into -inf before batching; a batched check would fail all draws at once."""
-    rewriter = (
-        local_check_parameter_to_ninf_switch if check_bounds else local_remove_check_parameter
-    )
+def _fit_for_batches(graphs, check_bounds):
+    """Turn parameter checks into -inf, draw by draw, and masks into the indices that JAX needs.
+
+    A batched check would fail all draws at once.
+    """
+    checks = local_check_parameter_to_ninf_switch if check_bounds else local_remove_check_parameter
     fgraph = FunctionGraph(outputs=list(graphs), clone=True, copy_inputs=False)
-    in2out(rewriter).rewrite(fgraph)
+    in2out(checks, bool_idx_to_nonzero).rewrite(fgraph)
     return list(fgraph.outputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytensor
@@ -72,15 +73,17 @@ def build_objective(
     """
     noise, x, log_q = approx.draws_and_log_q(n_draws)
     x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
-    log_p_free = sum(log_density(approx, x_free, vectorize, more_replacements))
+    prior, likelihood = log_density(approx, x_free, vectorize, more_replacements)
+    log_p_free: Any = prior + likelihood
     score_free = pt.grad(log_p_free.sum(), x_free)
     temper = pt.scalar("temper")
-    log_p, score = graph_replace(
-        [temper * log_p_free, temper * score_free], {x_free: x}, strict=False
-    )
+    placed: dict[Any, Any] = {x_free: x}
+    tempered: Any = [temper * log_p_free, temper * score_free]
+    replaced: Any = graph_replace(tempered, placed, strict=False)
+    log_p, score = replaced
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
-    valid = pt.isfinite(log_p) & pt.isfinite(score).all(axis=1)
+    valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))
     n_valid = valid.sum()
     scaling = _minibatch_scaling(
         approx, dict(zip(approx.collect("symbolic_initial"), noise, strict=True))
@@ -88,16 +91,12 @@ def build_objective(
     weight = valid.astype(x.dtype) / (pt.maximum(n_valid, 1).astype(x.dtype) * scaling)
     loss = pt.switch(valid, (log_q - log_p) * weight, 0).sum()
     params = [*approx.params, *more_params]
-    gradients = pt.grad(
-        None,
-        params,
-        known_grads={
-            x: pt.switch(valid[:, None], -score * weight[:, None], 0),
-            log_q: weight,
-            log_p: -weight,
-        },
-        disconnected_inputs="ignore",
-    )
+    known: dict[Any, Any] = {
+        x: pt.switch(valid[:, None], -score * weight[:, None], 0),
+        log_q: weight,
+        log_p: -weight,
+    }
+    gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
     return Objective(noise, temper, loss, n_valid, params, gradients)
 
 

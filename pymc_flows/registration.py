@@ -105,11 +105,11 @@ def _group_for_short_name(cls, name):
 
 
 def _names() -> dict[str, type[Group]]:
-    return Group._Group__name_registry  # type: ignore[attr-defined]
+    return Group._Group__name_registry
 
 
 def _param_specs() -> dict[frozenset, type[Group]]:
-    return Group._Group__param_registry  # type: ignore[attr-defined]
+    return Group._Group__param_registry
 
 
 def register() -> None:

@@ -293,8 +293,8 @@ def explain_failure(
     values = value_slices(approx, x)
     terms = [*model.free_RVs, *model.observed_RVs, *model.potentials]
     graphs = [g.sum() for g in model.logp(vars=terms, sum=False)]
-    log_p = sum(log_density(approx, x))
-    score = pt.grad(log_p.sum(), x)
+    prior, likelihood = log_density(approx, x)
+    score: Any = pt.grad((prior + likelihood).sum(), x)
     scores = value_slices(approx, score)
     names = list(values)
     rng = np.random.default_rng(0)

@@ -1,0 +1,211 @@
+"""Recipes, their options, the formula grammar, and the messages of both."""
+
+import numpy as np
+import pytest
+
+import pymc_flows as pmf
+from pymc_flows.bijections import (
+    Additive,
+    Affine,
+    Chain,
+    Coupling,
+    Householder,
+    Loc,
+    LowerTriangular,
+    Planar,
+    Radial,
+    Scale,
+)
+from pymc_flows.families import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    FULL_AFFINE_MAX_DIM,
+    UnknownFlowError,
+    build_flow,
+    canonical,
+    check_flow,
+    is_flow,
+    nearest,
+    parse_formula,
+)
+
+RECIPES = {
+    "planar": [Planar] * 2 + [LowerTriangular],
+    "radial": [Radial] * 2 + [LowerTriangular],
+    "householder": [Scale] + [Householder] * 2 + [Scale, Loc],
+    "nice": [Coupling] * 2 + [LowerTriangular],
+    "realnvp": [Coupling] * 2 + [LowerTriangular],
+}
+
+
+def kinds(flow):
+    return [type(layer) for layer in flow.layers]
+
+
+def test_every_family_has_its_recipe_here():
+    assert set(RECIPES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_family_is_its_layers_then_an_affine_map(name):
+    flow = build_flow(name, 3, {"n_layers": 2})
+    assert kinds(flow) == RECIPES[name]
+    assert all(layer.dim == 3 for layer in flow.layers)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_default_options_are_those_listed(name):
+    options = FAMILIES[name].options
+    assert build_flow(name, 4) == build_flow(name, 4, options)
+    assert build_flow(name, 4) != build_flow(name, 4, {"n_layers": options["n_layers"] + 1})
+
+
+@pytest.mark.parametrize(("name", "transformer"), [("nice", Additive()), ("realnvp", Affine())])
+def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer):
+    coupling = build_flow(name, 4, {"n_layers": 1, "hidden": [5, np.int64(7)]}).layers[0]
+    assert coupling.transformer == transformer
+    assert coupling.hidden == (5, 7)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_affine_may_be_chosen(name):
+    assert kinds(build_flow(name, 3, {"affine": "diagonal"}))[-2:] == [Scale, Loc]
+    assert kinds(build_flow(name, 3, {"affine": "full"}))[-1] is LowerTriangular
+
+
+@pytest.mark.parametrize("name", ["planar", "radial", "nice", "realnvp"])
+def test_affine_is_full_up_to_a_dim(name):
+    options = {"n_layers": 1}
+    assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM, options))[-1] is LowerTriangular
+    assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM + 1, options))[-2:] == [Scale, Loc]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layers": 0}, "n_layers must be a whole number of at least 1, got 0"),
+        ({"n_layers": 2.0}, "n_layers must be a whole number of at least 1, got 2.0"),
+        ({"n_layers": True}, "n_layers must be a whole number of at least 1, got True"),
+        ({"hidden": 32}, "hidden must be a sequence of widths"),
+        ({"hidden": "32"}, "hidden must be a sequence of widths"),
+        ({"hidden": (8, 0)}, "hidden must be a whole number of at least 1, got 0"),
+        ({"affine": "none"}, "affine must be one of .* got 'none'"),
+    ],
+)
+def test_an_impossible_value_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_flow("realnvp", 3, options)
+
+
+@pytest.mark.parametrize("name", ["flow", "nfvi", "NFVI", " Flow "])
+def test_aliases_stand_for_the_default(name):
+    assert canonical(name) == DEFAULT_FAMILY
+    assert build_flow(name, 2) == build_flow(DEFAULT_FAMILY, 2)
+
+
+def test_case_and_spaces_and_the_prefix_do_not_matter():
+    assert build_flow("Planar", 2) == build_flow("planar", 2) == build_flow("nfvi=planar", 2)
+    layers = ["scale", "hh", "hh", "radial", "loc"]
+    assert parse_formula("Scale - HH*2-radial*1-loc") == layers
+    assert canonical("nfvi=Scale-HH*2") == "scale-hh*2"
+
+
+def test_a_formula_is_its_layers_from_the_noise_on():
+    flow = build_flow("scale-hh*2-planar-radial*3-loc", 2)
+    assert flow == Chain(
+        [Scale(2), *[Householder(2)] * 2, Planar(2), *[Radial(2)] * 3, Loc(2)],
+    )
+
+
+def test_planar_alone_is_the_family_and_with_a_repeat_a_formula():
+    assert kinds(build_flow("planar", 2))[-1] is LowerTriangular
+    assert kinds(build_flow("planar*3", 2)) == [Planar] * 3
+
+
+@pytest.mark.parametrize(
+    ("formula", "marks", "says"),
+    [
+        ("scale-planer*8-loc", "      ^^^^^^^^", "'planer' is no flow; did you mean planar?"),
+        ("scale--loc", "      ^", "a layer is missing here"),
+        ("scale-loc-", "          ^", "a layer is missing here"),
+        ("*3-loc", "^^", "a layer is missing here"),
+        ("scale-planar*0", "      ^^^^^^^^", "at least 1, got '0'"),
+        ("scale-planar*x-loc", "      ^^^^^^^^", "at least 1, got 'x'"),
+        ("scale-planar*-loc", "      ^^^^^^^", "at least 1, got ''"),
+        ("scale-planar*²", "      ^^^^^^^^", "at least 1, got '²'"),
+        ("scale-planar*2*3", "      ^^^^^^^^^^", "at least 1, got '2*3'"),
+        ("scale-nice-loc", "      ^^^^", "'nice' is a family, which stands alone"),
+        ("realnvp*2", "^^^^^^^^^", "'realnvp' is a family, which stands alone"),
+        ("realnpv", "^^^^^^^", "'realnpv' is no flow; did you mean realnvp?"),
+    ],
+)
+def test_a_bad_formula_is_marked_where_it_is_bad(formula, marks, says):
+    with pytest.raises(UnknownFlowError) as caught:
+        parse_formula(formula)
+    problem, *shown, listing = str(caught.value).splitlines()
+    assert says in problem
+    assert shown == ["  " + formula, "  " + marks]
+    assert "Layers of a formula: scale, loc, hh, planar, radial" in listing
+
+
+@pytest.mark.parametrize(
+    ("flow", "option", "message"),
+    [
+        (
+            "planar",
+            "n_layerz",
+            "unknown option n_layerz for family 'planar'; did you mean n_layers",
+        ),
+        ("flow", "hiden", "unknown option hiden for family 'realnvp'; did you mean hidden"),
+        ("scale-loc", "n_layers", "for formula 'scale-loc'. It has no options"),
+        (Loc(2), "n_layers", "for a ready bijection. It has no options"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(flow, option, message):
+    with pytest.raises(UnknownFlowError, match=message):
+        check_flow(flow, {option: 3})
+    with pytest.raises(UnknownFlowError, match=message):
+        build_flow(flow, 2, {option: 3})
+
+
+def test_unknown_is_a_key_error_and_a_value_error_that_reads_well():
+    error = UnknownFlowError("two\nlines")
+    assert isinstance(error, KeyError)
+    assert isinstance(error, ValueError)
+    assert str(error) == "two\nlines"
+
+
+def test_a_ready_bijection_is_taken_as_it_is_and_must_fit():
+    flow = Chain([Scale(2), Loc(2)])
+    assert build_flow(flow, 2) is flow
+    with pytest.raises(ValueError, match="dim of the bijection must be the group's, 3, got 2"):
+        build_flow(flow, 3)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "flow", "nfvi", "nfvi=x", "RealNVP", "a*2", "loc-x"])
+def test_is_flow(name):
+    assert is_flow(name)
+
+
+@pytest.mark.parametrize("name", ["advi", "fullrank_advi", "svgd", "mean_field", "", None, 3])
+def test_is_not_flow(name):
+    assert not is_flow(name)
+
+
+def test_nearest_is_silent_where_nothing_is_near():
+    assert nearest("xyz", ["planar"]) == ""
+    assert nearest("plnar", ["planar", "radial"]) == "; did you mean planar?"
+
+
+def test_families_lists_each_with_its_options():
+    table = pmf.families()
+    assert list(table.index) == list(FAMILIES)
+    assert table.index.name == "family"
+    assert table.loc["planar", "options"] == "n_layers=16, affine=None"
+    assert not table.isna().any(axis=None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_says_which_have_a_density_of_any_point(name):
+    has_inverse = pmf.families().loc[name, "density_of_any_point"] != "no inverse"
+    assert build_flow(name, 2, {"n_layers": 1}).invertible == has_inverse

@@ -1,0 +1,132 @@
+"""A model's log density on batches of draws, against the model's own on one."""
+
+import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
+import pytest
+from numpy.testing import assert_allclose
+from pytensor.conditional.op import ifelse
+from pytensor.graph.traversal import ancestors
+from pytensor.scan.op import Scan
+from scipy import stats
+
+from pymc_flows import FlowApproximation
+from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
+
+
+def approximation_of(model, *order):
+    with model:
+        return FlowApproximation([pm.Group([model[name]], vfam="loc") for name in order])
+
+
+def uses_scan(graphs):
+    return any(v.owner and isinstance(v.owner.op, Scan) for v in ancestors(graphs))
+
+
+def test_value_slices_follow_the_groups_order_with_shapes_and_types(normal):
+    approx = approximation_of(normal, "b", "a")
+    x = np.arange(6.0).reshape(2, 3)
+    values = {k: v.eval() for k, v in value_slices(approx, pt.constant(x)).items()}
+    assert set(values) == {"a", "b_log__"}
+    assert_allclose(values["b_log__"], x[:, 0], strict=True)
+    assert_allclose(values["a"], x[:, 1:], strict=True)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_prior_and_likelihood_are_the_models_own(normal, python, vectorize):
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    graphs = log_density(approximation_of(normal, "a", "b"), pt.constant(x), vectorize)
+    assert uses_scan(graphs) == (not vectorize)
+    log_prior, log_likelihood = pytensor.function([], graphs, mode=python)()
+    a, b = x[:, :2], np.exp(x[:, 2])
+    assert_allclose(
+        log_prior, stats.norm.logpdf(a).sum(axis=1) + stats.halfnorm.logpdf(b) + np.log(b)
+    )
+    y = normal["y"].owner and np.array([0.5, 1.0, -0.3])
+    expected = stats.norm.logpdf(y, a.sum(axis=1)[:, None], b[:, None] + 0.5).sum(axis=1)
+    assert_allclose(log_likelihood, expected)
+
+
+def test_replacements_reach_the_likelihood(python):
+    with pm.Model() as model:
+        mu = pm.Normal("mu")
+        data = pm.Data("data", [1.0, 2.0])
+        pm.Normal("y", mu, 1, observed=data)
+    x, other = pt.constant(np.array([[0.3], [0.5]])), pt.constant([10.0, 20.0, 30.0])
+    graphs = log_density(approximation_of(model, "mu"), x, more_replacements={data: other})
+    found = graphs[1].eval(mode=python)
+    expected = stats.norm.logpdf([10.0, 20.0, 30.0], [[0.3], [0.5]]).sum(axis=1)
+    assert_allclose(found, expected)
+
+
+def test_another_model_of_the_same_variables_may_be_asked(python):
+    def make(sd):
+        with pm.Model() as model:
+            pm.Normal("y", pm.Normal("mu"), sd, observed=1.0)
+        return model
+
+    approx, x = approximation_of(make(1.0), "mu"), pt.constant([[0.3]])
+    found = log_density(approx, x, model=make(2.0))[1].eval(mode=python)
+    assert_allclose(found, stats.norm.logpdf(1.0, 0.3, 2.0))
+
+
+def test_a_graph_of_no_value_is_repeated_for_each_draw(normal, python):
+    x = pt.matrix(shape=(5, 3))
+    values = value_slices(approximation_of(normal, "a", "b"), x)
+    (found,) = batch([pt.constant([1.0, 2.0])], normal, values)
+    expected = np.tile([1.0, 2.0], (5, 1))
+    assert_allclose(found.eval({x: np.zeros((5, 3))}, mode=python), expected, strict=True)
+
+
+def branching():
+    """Model whose graph can't be vectorised."""
+    with pm.Model() as model:
+        x = pm.Normal("x", shape=2)
+        pm.Potential("branch", ifelse(pt.gt(x[0], 0), -(x[1] ** 2), 3 * x[1]))
+    return model
+
+
+def test_what_cannot_be_vectorised_is_looped_over_and_said_aloud(python):
+    model = branching()
+    approx = approximation_of(model, "x")
+    points = np.array([[1.0, 2.0], [-1.0, 2.0], [0.5, -1.0]])
+    x = pt.constant(points)
+    with pytest.warns(UserWarning, match=r"can't be vectorised.*vectorize=False does so without"):
+        graphs = log_density(approx, x)
+    assert uses_scan(graphs)
+    assert_allclose(graphs[1].eval(mode=python), [-4.0, 6.0, -1.0])
+    log_density(approx, x, vectorize=False)  # without a warning, which would be an error
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_failed_parameter_check_is_its_own_draws_alone(python, vectorize):
+    with pm.Model() as model:
+        x = pm.Normal("x")
+        pm.Normal("y", 0, x, observed=1.0)
+    approx = approximation_of(model, "x")
+    points = np.array([[1.0], [-1.0], [2.0]])
+    _, found = log_density(approx, pt.constant(points), vectorize)
+    expected = stats.norm.logpdf(1.0, 0, [1.0, 1.0, 2.0])
+    expected[1] = -np.inf
+    assert_allclose(found.eval(mode=python), expected)
+
+
+def test_check_bounds_false_leaves_the_checks_out(python):
+    with pm.Model(check_bounds=False) as model:
+        x = pm.Normal("x")
+        pm.Exponential("y", x, observed=1.0)
+    _, found = log_density(approximation_of(model, "x"), pt.constant([[2.0], [-2.0]]))
+    value = found.eval(mode=python)
+    assert_allclose(value[0], np.log(2) - 2)
+    assert value[1] != -np.inf
+
+
+def test_has_minibatch():
+    with pm.Model() as model:
+        mu = pm.Normal("mu")
+        pm.Normal("y", mu, observed=np.zeros(3))
+    assert not has_minibatch(model)
+    with model:
+        pm.Normal("z", mu, observed=pm.Minibatch(np.zeros(30), batch_size=3), total_size=30)
+    assert has_minibatch(model)
