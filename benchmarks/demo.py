@@ -90,7 +90,9 @@ def show(table, seconds: dict[str, float], console: Console) -> None:
         detail.add_column(str(method), justify="right")
     for name in names:
         cells = [table.loc[(method, name)] for method in graded.index]
-        detail.add_row(escape(name), *(f"{c.mean_difference:+.2f}  x{c.sd_ratio:.2f}" for c in cells))
+        detail.add_row(
+            escape(name), *(f"{c.mean_difference:+.2f}  x{c.sd_ratio:.2f}" for c in cells)
+        )
     detail.add_row(
         "noise of the draws alone",
         *(f"{table.loc[method, 'floor_mean'].mean():.2f}" for method in graded.index),
