@@ -21,7 +21,9 @@ from pymc_flows.compilation import compile_function
 from pymc_flows.log_density import batch, log_density, value_slices
 from pymc_flows.objective import Objective
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+BETA1, EPSILON = 0.9, 1e-8
+# the first gradients, far from the posterior, are huge: 0.999 would remember them for 1000 steps
+BETA2 = 0.99
 MAX_FAILED_STEPS = 50
 
 

@@ -112,8 +112,8 @@ def test_steps_are_adams(python):
     for t, noise in enumerate(NOISE, start=1):
         g = gradient(location, noise)
         first = 0.9 * first + 0.1 * g
-        second = 0.999 * second + 0.001 * g**2
-        corrected = (first / (1 - 0.9**t)) / np.sqrt(second / (1 - 0.999**t))
+        second = 0.99 * second + 0.01 * g**2
+        corrected = (first / (1 - 0.9**t)) / np.sqrt(second / (1 - 0.99**t))
         expected_loss = (0.5 * (location + noise - 3.0) ** 2 - 0.5 * noise**2).mean()
         loss, n_valid, accepted = step(0.1)
         location -= 0.1 * corrected
