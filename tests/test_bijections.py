@@ -1,0 +1,570 @@
+"""The laws that every bijection keeps, the papers' formulas, and how layers chain.
+
+One table, CASES, drives every law; a new layer is tested by its line in ``layers``. Weights are
+perturbed well away from where they start: at the identity most wrong formulas look right.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytensor
+import pytensor.tensor as pt
+import pytest
+from numpy.testing import assert_allclose
+from pytensor.compile.builders import OpFromGraph
+from pytensor.compile.mode import Mode
+from pytensor.graph.traversal import ancestors
+from scipy import stats
+
+from pymc_flows.bijections import (
+    Additive,
+    Affine,
+    Center,
+    Chain,
+    Coupling,
+    Householder,
+    Loc,
+    LowerTriangular,
+    Params,
+    Permutation,
+    Planar,
+    Radial,
+    Scale,
+    flatten,
+)
+
+PYTHON = Mode(linker="py", optimizer="fast_compile")  # with cxx="", compiles in half a second
+SCALES = [0.1, 1.0, 3.0]
+
+
+def layers(dim):
+    """Every kind of layer and a chain of each kind, at one dim."""
+    coupling = Coupling(dim, hidden=(4,))
+    return [
+        Loc(dim),
+        Scale(dim),
+        Center(dim, center=tuple(np.linspace(-2.0, 3.0, dim).tolist())),
+        LowerTriangular(dim),
+        Permutation(dim, order=tuple(np.roll(range(dim), 1).tolist())),
+        Householder(dim),
+        Planar(dim),
+        Radial(dim),
+        Coupling(dim, transformer=Additive(), hidden=(5,)),
+        Coupling(dim, transformer=Affine(growth=0.5, shrinkage=1.0), hidden=(5, 4)),
+        Coupling(dim, hidden=()),
+        Chain([coupling, Radial(dim), coupling, Scale(dim)]),
+        Chain([Planar(dim), Loc(dim), Planar(dim)]),
+    ]
+
+
+CASES = [layer for dim in (1, 2, 3, 7) for layer in layers(dim)]
+INVERTIBLE = [case for case in CASES if case.invertible]
+PLANE = [case for case in INVERTIBLE if case.dim == 2]
+LINE = [case for case in INVERTIBLE if case.dim == 1]
+THREE_DIMS = [case for case in CASES if case.dim == 3]
+
+over_cases = functools.partial(pytest.mark.parametrize, "bijection", ids=repr)
+over_scales = pytest.mark.parametrize("scale", SCALES)
+
+
+class Result(NamedTuple):
+    """What a map and PyTensor's derivatives of it give at some draws."""
+
+    value: np.ndarray
+    log_det: np.ndarray
+    jacobian: np.ndarray
+    gradients: list[np.ndarray]
+
+
+def compiled(apply, dim, n_weights, dtype="float64", mode=PYTHON, draws=None):
+    """Compile (z, flat weights) -> Result for ``apply(z, flat)``, a value and a log-det.
+
+    The gradients are of the divergence to a standard normal, by the draws and by the weights.
+    """
+    with pytensor.config.change_flags(floatX=dtype, cxx=""):
+        z = pt.matrix("z", shape=(draws, dim))
+        flat = pt.vector("flat", shape=(n_weights,))
+        value, log_det = apply(z, flat)
+        rows = [pt.grad(value[:, i].sum(), z) for i in range(dim)]
+        divergence = (value**2).sum() / 2 - log_det.sum()
+        gradients = pt.grad(divergence, [z, flat], disconnected_inputs="ignore")
+        function = pytensor.function(
+            [z, flat],
+            [value, log_det, pt.stack(rows, axis=1), *gradients],
+            mode=mode,
+            on_unused_input="ignore",
+        )
+
+    def evaluate(z, flat):
+        value, log_det, jacobian, *gradients = function(z.astype(dtype), flat.astype(dtype))
+        return Result(value, log_det, jacobian, gradients)
+
+    return evaluate
+
+
+@functools.cache
+def compiled_bijection(bijection, direction, dtype="float64"):
+    def apply(z, flat):
+        return getattr(bijection, direction)(z, Params(flat, bijection.weight_shapes))
+
+    return compiled(apply, bijection.dim, bijection.n_weights, dtype)
+
+
+def forward(bijection, z, flat):
+    return compiled_bijection(bijection, "forward")(z, flat)
+
+
+def inverse(bijection, x, flat):
+    return compiled_bijection(bijection, "inverse")(x, flat)
+
+
+def perturbed(bijection, scale, draws=32):
+    """Draw base noise (draws, dim) and flat weights about ``scale`` away from where they start."""
+    rng = np.random.default_rng(20)
+    start = flatten(bijection.init(rng))
+    return rng.normal(size=(draws, bijection.dim)), start + scale * rng.normal(size=start.size)
+
+
+def named(bijection, flat):
+    """Flat weights as NumPy arrays by name."""
+    shapes = bijection.weight_shapes
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes.values()])
+    parts = np.split(flat, ends[:-1]) if shapes else []
+    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+
+# ---------------------------------------------------------------------------------- the laws
+
+
+@over_scales
+@over_cases(argvalues=CASES)
+def test_log_det_is_the_jacobians(bijection, scale):
+    result = forward(bijection, *perturbed(bijection, scale))
+    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=1e-8)
+
+
+@over_scales
+@over_cases(argvalues=INVERTIBLE)
+def test_log_det_of_the_inverse_is_the_jacobians(bijection, scale):
+    result = inverse(bijection, *perturbed(bijection, scale))
+    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=1e-8)
+
+
+@over_scales
+@over_cases(argvalues=INVERTIBLE)
+def test_inverse_undoes_forward(bijection, scale):
+    z, flat = perturbed(bijection, scale)
+    there = forward(bijection, z, flat)
+    back = inverse(bijection, there.value, flat)
+    # the last digits of z are lost where the map squeezes: its condition number says how many
+    squeezed = np.linalg.cond(there.jacobian).max()
+    atol = max(1e-8, 1e-14 * squeezed)
+    assert_allclose(back.value, z, rtol=0, atol=atol)
+    assert_allclose(back.log_det, -there.log_det, rtol=0, atol=atol)
+
+
+@over_cases(argvalues=[case for case in CASES if not case.invertible])
+def test_inverse_that_is_missing_says_so(bijection):
+    z = pt.matrix(shape=(None, bijection.dim))
+    flat = pt.vector(shape=(bijection.n_weights,))
+    with pytest.raises(NotImplementedError, match="Planar has no closed-form inverse"):
+        bijection.inverse(z, Params(flat, bijection.weight_shapes))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e3, -1e3])
+@over_scales
+@over_cases(argvalues=CASES)
+def test_extreme_draws_stay_finite(bijection, scale, size):
+    noise, flat = perturbed(bijection, scale)
+    far = size * np.vstack([np.ones_like(noise[:1]), np.sign(noise)])
+    directions = ["forward", "inverse"] if bijection.invertible else ["forward"]
+    for direction in directions:
+        result = compiled_bijection(bijection, direction)(far, flat)
+        for numbers in (*result[:3], *result.gradients):
+            assert np.isfinite(numbers).all()
+
+
+@over_scales
+@over_cases(argvalues=THREE_DIMS)
+def test_float32_stays_float32(bijection, scale):
+    z, flat = perturbed(bijection, scale)
+    z, flat = z.astype("float32"), flat.astype("float32")
+    single = compiled_bijection(bijection, "forward", "float32")(z, flat)
+    double = forward(bijection, z, flat)
+    for got, expected in zip(
+        (*single[:3], *single.gradients), (*double[:3], *double.gradients), strict=True
+    ):
+        assert got.dtype == "float32"
+        assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(initial=1))
+    if bijection.invertible:
+        back = compiled_bijection(bijection, "inverse", "float32")(single.value, flat)
+        assert back.value.dtype == back.log_det.dtype == "float32"
+        assert_allclose(back.log_det, -double.log_det, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+@over_cases(argvalues=LINE + PLANE)
+def test_density_integrates_to_one(bijection, scale):
+    """Push the standard normal through the map; sum its density over a grid that holds it all."""
+    _, flat = perturbed(bijection, scale)
+    noise = np.random.default_rng(3).normal(size=(10_000, bijection.dim))
+    draws = forward(bijection, noise, flat).value
+    middle, reach = draws.mean(axis=0), 7 * draws.std(axis=0)
+    n_points = {1: 20_000, 2: 400}[bijection.dim]
+    axes = [np.linspace(m - r, m + r, n_points) for m, r in zip(middle, reach, strict=True)]
+    grid = np.stack([a.ravel() for a in np.meshgrid(*axes)], axis=1)
+    z, log_det = inverse(bijection, grid, flat)[:2]
+    density = np.exp(stats.norm.logpdf(z).sum(axis=1) + log_det)
+    assert_allclose(density.sum() * np.prod([a[1] - a[0] for a in axes]), 1, atol=1e-3)
+
+
+def start_of(bijection, z):
+    """What the docs promise of a layer's initial weights, or None where they promise nothing."""
+    match bijection:
+        case Loc() | Scale() | LowerTriangular() | Planar() | Radial():
+            return z
+        case Coupling():
+            return np.roll(z, -(bijection.dim // 2), axis=1)  # the halves trade places
+        case Chain():
+            return functools.reduce(lambda z, layer: start_of(layer, z), bijection.layers, z)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@over_cases(
+    argvalues=[case for case in CASES if start_of(case, np.zeros((1, case.dim))) is not None]
+)
+def test_starts_near_the_identity(bijection, seed):
+    rng = np.random.default_rng(seed)
+    z, flat = rng.normal(size=(8, bijection.dim)), flatten(bijection.init(rng))
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, start_of(bijection, z), atol=1e-12)
+    assert_allclose(result.log_det, 0, atol=1e-12)
+
+
+@over_cases(argvalues=CASES)
+def test_draws_do_not_see_each_other(bijection):
+    z, flat = perturbed(bijection, 1.0)
+    alone = [forward(bijection, z[i : i + 1], flat) for i in range(3)]
+    together = forward(bijection, z, flat)
+    assert together.log_det.shape == (len(z),)
+    for i, one in enumerate(alone):
+        assert_allclose(one.value[0], together.value[i], rtol=1e-12)
+        assert_allclose(one.log_det[0], together.log_det[i], rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------- the formulas, written out again
+
+
+def softplus(a):
+    return np.logaddexp(0, a)
+
+
+@over_scales
+@pytest.mark.parametrize("dim", [1, 3, 7])
+def test_planar_is_rezende_and_mohamed_a1(dim, scale):
+    bijection = Planar(dim)
+    z, flat = perturbed(bijection, scale)
+    u, w, b = named(bijection, flat).values()
+    u_hat = u + (softplus(w @ u) - 1 - w @ u) * w / (w @ w)
+    psi = (1 - np.tanh(z @ w + b) ** 2)[:, None] * w
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z + np.tanh(z @ w + b)[:, None] * u_hat, rtol=0, atol=1e-10)
+    assert_allclose(result.log_det, np.log(np.abs(1 + psi @ u_hat)), rtol=0, atol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize("dim", [1, 3, 7])
+def test_radial_is_rezende_and_mohamed_a2(dim, scale):
+    bijection = Radial(dim)
+    z, flat = perturbed(bijection, scale)
+    z0, raw_alpha, raw_beta = named(bijection, flat).values()
+    alpha = softplus(raw_alpha)
+    beta = -alpha + softplus(raw_beta)
+    r = np.linalg.norm(z - z0, axis=1)
+    h, slope = 1 / (alpha + r), -1 / (alpha + r) ** 2
+    det = (1 + beta * h) ** (dim - 1) * (1 + beta * h + beta * slope * r)
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z + (beta * h)[:, None] * (z - z0), rtol=0, atol=1e-10)
+    assert_allclose(result.log_det, np.log(det), rtol=0, atol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_radial_at_its_centre(dim, scale):
+    """The distance to z0 has no derivative there; the map has: the scaling by 1 + β/α."""
+    bijection = Radial(dim)
+    _, flat = perturbed(bijection, scale)
+    z0, raw_alpha, raw_beta = named(bijection, flat).values()
+    scaling = softplus(raw_beta) / softplus(raw_alpha)
+    at_centre = forward(bijection, z0[None], flat)
+    assert_allclose(at_centre.value[0], z0, rtol=0, atol=1e-10)
+    assert_allclose(at_centre.log_det[0], dim * np.log(scaling), rtol=0, atol=1e-10)
+    assert_allclose(at_centre.jacobian[0], scaling * np.eye(dim), rtol=0, atol=1e-8)
+    back = inverse(bijection, z0[None], flat)
+    assert_allclose(back.value[0], z0, rtol=0, atol=1e-10)
+    assert_allclose(back.log_det[0], -dim * np.log(scaling), rtol=0, atol=1e-10)
+    for numbers in (*at_centre.gradients, back.jacobian, *back.gradients):
+        assert np.isfinite(numbers).all()
+
+
+def test_planar_keeps_its_log_det_at_the_edge_of_invertibility():
+    """There 1 + w·û rounds to zero; on the plane itself the log-det is log softplus(w·u)."""
+    flat = np.array([0.0, -40.0, 0.0, 1.0, 0.0])  # u, w, b
+    result = forward(Planar(2), np.zeros((1, 2)), flat)
+    assert_allclose(result.log_det, np.log(softplus(-40.0)), rtol=1e-12)
+    assert np.isfinite(np.concatenate([g.ravel() for g in result.gradients])).all()
+
+
+def test_radial_keeps_its_log_det_at_the_edge_of_invertibility():
+    flat = np.array([0.0, 0.0, 1.0, -40.0])  # z0, raw_alpha, raw_beta
+    expected = 2 * np.log(softplus(-40.0) / softplus(1.0))
+    result = forward(Radial(2), np.zeros((1, 2)), flat)
+    assert_allclose(result.log_det, expected, rtol=1e-12)
+    assert_allclose(inverse(Radial(2), np.zeros((1, 2)), flat).log_det, -expected, rtol=1e-12)
+    assert np.isfinite(np.concatenate([g.ravel() for g in result.gradients])).all()
+
+
+def test_radial_inverts_without_cancellation_at_small_alpha():
+    """There the root of the inverse's quadratic is 1e-12 of its terms."""
+    flat = np.array([0.0, 0.0, -25.0, 3.0])  # z0, raw_alpha, raw_beta
+    z = np.array([[2e-12, 1e-12]])
+    there = forward(Radial(2), z, flat)
+    back = inverse(Radial(2), there.value, flat)
+    assert_allclose(back.value, z, rtol=1e-10)
+    assert_allclose(back.log_det, -there.log_det, rtol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_householder_is_its_matrix(dim, scale):
+    bijection = Householder(dim)
+    z, v = perturbed(bijection, scale)
+    mirror = np.eye(dim) - 2 * np.outer(v, v) / np.sum(v**2)
+    assert_allclose(forward(bijection, z, v).value, z @ mirror.T, rtol=0, atol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_lower_triangular_makes_the_gaussian_that_scipy_knows(dim, scale):
+    bijection = LowerTriangular(dim)
+    z, flat = perturbed(bijection, scale)
+    loc, log_diagonal, lower = named(bijection, flat).values()
+    factor = np.tril(lower, k=-1) + np.diag(np.exp(log_diagonal))
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z @ factor.T + loc, rtol=1e-12, atol=1e-10)
+    if np.linalg.cond(factor) < 1e4:  # beyond, forming the covariance loses scipy's digits
+        log_q = stats.norm.logpdf(z).sum(axis=1) - result.log_det
+        gaussian = stats.multivariate_normal(loc, factor @ factor.T)
+        assert_allclose(log_q, gaussian.logpdf(result.value), rtol=1e-8)
+
+
+@over_scales
+def test_lower_triangular_is_flowjaxs(scale):
+    flowjax = pytest.importorskip("flowjax.bijections")
+    jax, paramax = pytest.importorskip("jax"), pytest.importorskip("paramax")
+    bijection = LowerTriangular(4)
+    z, flat = perturbed(bijection, scale)
+    loc, log_diagonal, lower = named(bijection, flat).values()
+    with jax.enable_x64(True):
+        arr = jax.numpy.asarray(lower - np.diag(np.diag(lower)) + np.diag(np.exp(log_diagonal)))
+        peer = paramax.unwrap(flowjax.TriangularAffine(loc, arr))
+        value, log_det = jax.vmap(peer.transform_and_log_det)(z)
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, value, rtol=1e-10, atol=1e-10)
+    assert_allclose(result.log_det, log_det, rtol=0, atol=1e-10)
+
+
+def perceptron(kept, weights, n_hidden):
+    """A tanh perceptron, one draw and one unit at a time."""
+    out = np.zeros((len(kept), weights[f"b{n_hidden}"].size))
+    for draw, units in enumerate(kept):
+        for layer in range(n_hidden + 1):
+            w, b = weights[f"w{layer}"], weights[f"b{layer}"]
+            units = [sum(units * w[:, j]) + b[j] for j in range(b.size)]
+            units = np.asarray(units if layer == n_hidden else np.tanh(units))
+        out[draw] = units
+    return out
+
+
+@over_scales
+@pytest.mark.parametrize("hidden", [(), (4,), (5, 3)], ids=str)
+@pytest.mark.parametrize("dim", [2, 3, 7])
+def test_additive_coupling_is_nice(dim, hidden, scale):
+    """Dinh et al. 2015, eq. 4: y_2 = x_2 + m(x_1), with determinant 1; y is [y_2, x_1]."""
+    bijection = Coupling(dim, transformer=Additive(), hidden=hidden)
+    z, flat = perturbed(bijection, scale)
+    kept, other = z[:, : dim // 2], z[:, dim // 2 :]
+    shift = perceptron(kept, named(bijection, flat), len(hidden))
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, np.hstack([other + shift, kept]), rtol=0, atol=1e-10)
+    assert_allclose(result.log_det, np.zeros(len(z)), rtol=0, atol=0)
+
+
+def soft_clip(raw, growth, shrinkage):
+    """Andrade 2024: (2a/π) atan(s/a), a = growth for s > 0 and a = shrinkage for s < 0."""
+    clipped = np.zeros_like(raw)
+    for index, s in np.ndenumerate(raw):
+        a = growth if s > 0 else shrinkage
+        clipped[index] = (2 * a / np.pi) * np.arctan(s / a)
+    return clipped
+
+
+@over_scales
+@pytest.mark.parametrize("hidden", [(), (4,), (5, 3)], ids=str)
+@pytest.mark.parametrize("dim", [2, 3, 7])
+def test_affine_coupling_is_realnvp_with_andrades_clip(dim, hidden, scale):
+    """Dinh et al. 2017, eq. 4-8: y_2 = x_2 exp(s(x_1)) + t(x_1), log-det Σ s; y is [y_2, x_1]."""
+    bijection = Coupling(dim, transformer=Affine(), hidden=hidden)
+    z, flat = perturbed(bijection, scale)
+    kept, other = z[:, : dim // 2], z[:, dim // 2 :]
+    shift, raw = np.hsplit(perceptron(kept, named(bijection, flat), len(hidden)), 2)
+    log_scale = soft_clip(raw, growth=0.1, shrinkage=2.0)
+    result = forward(bijection, z, flat)
+    expected = np.hstack([other * np.exp(log_scale) + shift, kept])
+    assert_allclose(result.value, expected, rtol=0, atol=1e-10)
+    assert_allclose(result.log_det, log_scale.sum(axis=1), rtol=0, atol=1e-10)
+
+
+@over_scales
+def test_coupling_of_one_dim_has_its_parameters_as_weights(scale):
+    bijection = Coupling(1)
+    z, flat = perturbed(bijection, scale)
+    shift, raw = flat
+    log_scale = soft_clip(np.array([raw]), growth=0.1, shrinkage=2.0)
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z * np.exp(log_scale) + shift, rtol=0, atol=1e-10)
+    assert_allclose(result.log_det, np.full(len(z), log_scale[0]), rtol=0, atol=1e-10)
+
+
+@over_scales
+def test_the_plain_maps_do_what_they_say(scale):
+    z, flat = perturbed(Loc(3), scale)
+    assert_allclose(forward(Loc(3), z, flat).value, z + flat)
+    assert_allclose(forward(Scale(3), z, flat).value, z * np.exp(flat))
+    nothing = np.zeros(0)
+    center = (0.5, -1.0, 2.0)
+    assert_allclose(forward(Center(3, center), z, nothing).value, z + center)
+    assert_allclose(forward(Permutation(3, (2, 0, 1)), z, nothing).value, z[:, [2, 0, 1]])
+
+
+# --------------------------------------------------------------------------- chains, weights
+
+
+def one_by_one(chain, direction):
+    """Compile a chain as its layers applied by hand, each with its own slice of the weights."""
+
+    def apply(z, flat):
+        start, steps, log_det = 0, [], 0
+        for layer in chain.layers:
+            params = Params(flat[start : start + layer.n_weights], layer.weight_shapes)
+            steps.append((layer, params))
+            start += layer.n_weights
+        for layer, params in steps if direction == "forward" else reversed(steps):
+            z, layer_log_det = getattr(layer, direction)(z, params)
+            log_det += layer_log_det
+        return z, log_det
+
+    return compiled(apply, chain.dim, chain.n_weights)
+
+
+CHAINS = [
+    Chain([Loc(3), Scale(3), Householder(3)]),
+    Chain([Coupling(4, hidden=(3,))] * 3),
+    Chain([Coupling(3), Permutation(3, (1, 2, 0)), Coupling(3), Permutation(3, (1, 2, 0))]),
+    Chain([LowerTriangular(2), Radial(2), Radial(2), LowerTriangular(2), Center(2, (1.0, 2.0))]),
+    Chain([Chain([Scale(2), Radial(2)]), Chain([Scale(2), Radial(2)])]),
+    Chain([Planar(2), Planar(2), Planar(2)]),
+]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("chain", CHAINS, ids=repr)
+def test_chain_is_its_layers_one_by_one(chain, scale):
+    z, flat = perturbed(chain, scale)
+    for direction in ["forward", "inverse"] if chain.invertible else ["forward"]:
+        got = compiled_bijection(chain, direction)(z, flat)
+        expected = one_by_one(chain, direction)(z, flat)
+        for ours, theirs in zip(
+            (*got[:3], *got.gradients), (*expected[:3], *expected.gradients), strict=True
+        ):
+            assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_equal_layers_of_a_chain_share_one_kernel():
+    chain = Chain([Coupling(4), Radial(4), Coupling(4), Coupling(4)])
+    z, flat = pt.matrix(shape=(None, 4)), pt.vector(shape=(chain.n_weights,))
+    x, log_det = chain.forward(z, Params(flat, chain.weight_shapes))
+    nodes = {variable.owner for variable in ancestors([x, log_det]) if variable.owner}
+    kernels = [node.op for node in nodes if isinstance(node.op, OpFromGraph)]
+    assert len(kernels) == 3
+    assert len(set(kernels)) == 1
+
+
+def test_flat_weights_are_named_in_the_order_of_the_layers():
+    chain = Chain([Radial(2), Permutation(2, (1, 0)), LowerTriangular(2)])
+    weights = chain.init(np.random.default_rng(0))
+    names = ["0.z0", "0.raw_alpha", "0.raw_beta", "2.loc", "2.log_diagonal", "2.lower"]
+    assert list(weights) == list(chain.weight_shapes) == names
+    assert chain.n_weights == 2 + 1 + 1 + 2 + 2 + 4
+
+
+@over_cases(argvalues=CASES)
+def test_params_read_what_flatten_wrote(bijection):
+    weights = bijection.init(np.random.default_rng(1))
+    weights = {
+        name: w + np.random.default_rng(2).normal(size=w.shape) for name, w in weights.items()
+    }
+    flat = flatten(weights)
+    assert flat.shape == (bijection.n_weights,)
+    params = Params(pt.as_tensor(flat), bijection.weight_shapes)
+    assert list(params) == list(weights)
+    assert len(params) == len(weights)
+    for name, weight in weights.items():
+        read = params[name].eval(mode=PYTHON)
+        assert read.shape == weight.shape
+        assert_allclose(read, weight, rtol=0, atol=0)
+
+
+def test_chain_has_an_inverse_only_if_every_layer_has():
+    assert Chain([Radial(2), Loc(2)]).invertible
+    assert not Chain([Radial(2), Planar(2)]).invertible
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Planar(0), "dim of Planar must be at least 1, got 0"),
+        (lambda: Coupling(-2), "dim of Coupling must be at least 1, got -2"),
+        (lambda: Coupling(2, hidden=(8, 0)), "hidden must be widths of at least 1, got (8, 0)"),
+        (lambda: Center(3, (1.0,)), "center must have one value per dimension (3), got 1"),
+        (lambda: Permutation(3, (0, 1, 1)), "permutation of range(3), got (0, 1, 1)"),
+        (lambda: Permutation(2, (0, 1, 2)), "permutation of range(2), got (0, 1, 2)"),
+        (lambda: Chain([]), "layers of Chain must be at least one, got none"),
+        (lambda: Chain([Loc(2), Loc(3)]), "layers of Chain must have one dim, got [2, 3]"),
+    ],
+)
+def test_bad_settings_name_the_rule_and_the_value(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+# ---------------------------------------------------------------------------------- backends
+
+
+@pytest.mark.parametrize("mode", ["JAX", pytest.param("NUMBA", marks=pytest.mark.slow)])
+def test_backends_agree(mode):
+    pytest.importorskip(mode.lower())
+    chain = Chain([Coupling(3, hidden=(4,)), Coupling(3, hidden=(4,))])
+    z, flat = perturbed(chain, 1.0)
+
+    def apply(z, flat):
+        return chain.forward(z, Params(flat, chain.weight_shapes))
+
+    got = compiled(apply, chain.dim, chain.n_weights, mode=mode, draws=len(z))(z, flat)
+    expected = forward(chain, z, flat)
+    for ours, theirs in zip(
+        (*got[:3], *got.gradients), (*expected[:3], *expected.gradients), strict=True
+    ):
+        assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
