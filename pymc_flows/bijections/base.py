@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+import pytensor
 import pytensor.tensor as pt
 from pytensor.compile.builders import OpFromGraph
 from pytensor.tensor.variable import TensorVariable
@@ -79,7 +80,7 @@ class Bijection(abc.ABC):
 
     @abc.abstractmethod
     def init(self, rng: np.random.Generator) -> Weights:
-        """Draw initial weights, by name, at which the map is the identity or near it."""
+        """Draw initial weights, by name; near the identity where the kind of map allows it."""
 
     @abc.abstractmethod
     def forward(self, z: TensorVariable, params: Params) -> Mapped:
@@ -166,13 +167,17 @@ class Chain(Bijection):
 
     def _apply(self, layer, direction, x, params):
         if layer.n_weights and self.layers.count(layer) > 1:
-            return _kernel(layer, direction, x.type, params.flat.type)(x, params.flat)
+            kernel = _kernel(layer, direction, x.type, params.flat.type, pytensor.config.floatX)
+            return kernel(x, params.flat)
         return getattr(layer, direction)(x, params)
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(layer, direction, x_type, flat_type):
-    """One Op for all equal layers of a chain, so that each is rewritten and compiled only once."""
+def _kernel(layer, direction, x_type, flat_type, float_type):
+    """One Op for all equal layers of a chain, so that each is rewritten and compiled only once.
+
+    The type of PyTensor's own floats belongs to the key, for constants in the graph have it.
+    """
     x, flat = x_type(), flat_type()
     mapped = getattr(layer, direction)(x, Params(flat, layer.weight_shapes))
     return OpFromGraph([x, flat], list(mapped))

@@ -56,6 +56,11 @@ class Affine(Transformer):
     shrinkage: float = 2.0
     n_params: ClassVar[int] = 2
 
+    def __post_init__(self):
+        for name in ("growth", "shrinkage"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+
     def _log_scale(self, raw):
         limit = pt.switch(raw > 0, np.asarray(self.growth, raw.dtype), self.shrinkage)
         limit = limit.astype(raw.dtype)
@@ -76,7 +81,8 @@ class Affine(Transformer):
 class Coupling(Bijection):
     """Transform one half of the dimensions with parameters computed from the other half.
 
-    Dinh et al. 2017 (arXiv:1605.08803), eq. 4-8. The conditioner is a perceptron with tanh hidden
+    Dinh et al. 2017 (arXiv:1605.08803), eq. 4-8. The halves come out exchanged, the transformed one
+    first, so that couplings in a row alternate. The conditioner is a perceptron with tanh hidden
     layers and a zero-initialised output. With ``dim`` 1 there is nothing to condition on, and the
     transformer's parameters are weights themselves.
 
