@@ -145,7 +145,7 @@ class Step:
             floatX(rng.standard_normal(shape))
             for rng, shape in zip(self.rngs, self.shapes, strict=True)
         ]
-        clip = min(self.max_norm, 10 * self.running_norm)
+        clip = min(self.max_norm, 10 * self.running_norm) if self.has_rate else self.max_norm
         t = self.n_accepted + 1
         if self.has_rate:
             rate *= math.sqrt(1 - BETA2**t) / (1 - BETA1**t)

@@ -149,10 +149,22 @@ def test_a_sudden_gradient_is_clipped_at_ten_times_the_usual(python):
     noise[1] = 1e6
     approx = located()
     step = make_step(approx, noise, optimizer=pm.sgd(learning_rate=1e-3))
+    step.has_rate = True  # clipped as for our own optimizer, whose step would not show the norm
     step(1.0)
     assert_allclose(weight(approx), 3e-3)
     step(1.0)
     assert_allclose(weight(approx), 3e-3 - 30e-3)
+
+
+def test_a_given_optimizer_gets_its_gradients_whole(python):
+    noise = np.zeros((3, 2, 1))
+    noise[1] = 1e6
+    approx = located()
+    step = make_step(approx, noise, optimizer=pm.sgd(learning_rate=1e-3))
+    step(1.0)
+    before = weight(approx)
+    step(1.0)
+    assert_allclose(weight(approx), before - 1e-3 * gradient(before, noise[1]))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(python):
