@@ -82,6 +82,7 @@ class NFVI(Inference):
                 )
             approx = _joint(flow, model, random_seed)
         super().__init__(KL, approx, None)
+        self.hist = approx.hist
         self._step: Step | None = None
         self._fit_options: dict[str, Any] = {}
         self._steps_taken = 0

@@ -278,6 +278,10 @@ def test_an_approximation_is_fitted_further(normal, python):
         approx = NormalizingFlow("scale-loc")
         inference = NFVI(approx, random_seed=1)
         assert inference.approx is approx
+        inference.fit(3, obj_n_mc=2, progressbar=False)
+        again = NFVI(approx).fit(4, obj_n_mc=2, progressbar=False)
+        assert again is approx
+        assert approx.hist.size == 7
         gaussian = NFVI(MeanField()).fit(2, obj_n_mc=2, progressbar=False)
     assert type(gaussian) is FlowApproximation
     assert not any(isinstance(group, FlowGroup) for group in gaussian.groups)
