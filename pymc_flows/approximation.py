@@ -28,16 +28,26 @@ from pymc.variational.opvi import (
 from pytensor.graph.replace import graph_replace, vectorize_graph
 from xarray import Dataset, DataTree
 
-from pymc_flows.bijections import Bijection, Center, Chain, Params, flatten
+from pymc_flows.bijections import (
+    Bijection,
+    Chain,
+    Params,
+    Tails,
+    Whitening,
+    flatten,
+)
 from pymc_flows.compilation import compile_function
 from pymc_flows.families import (
+    DEFAULT_FAMILY,
     FAMILIES,
     UnknownFlowError,
     build_flow,
+    canonical,
     check_flow,
     nearest,
 )
 from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
+from pymc_flows.noncentering import Noncentering, find_noncentering
 
 MOMENT_DRAWS = 8192
 CHUNK_DRAWS = 1000
@@ -79,7 +89,7 @@ class FlowGroup(Group):
 
     __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
     short_name = "flow"
-    alias_names = frozenset(["nfvi", *FAMILIES])
+    alias_names = frozenset({"nfvi", *FAMILIES} - {"flow"})
 
     def __init__(
         self,
@@ -102,16 +112,53 @@ class FlowGroup(Group):
         super().__init_group__(group)
         if self.ddim == 0:
             raise GroupError(f"variables of a group must have elements, got none in {group}")
-        self.bijection = self._centred(self._kwargs.get("start"))
+        noncentering = self.flow_options.get("noncentering", self._is_default)
+        self.noncentering: Noncentering | None = None
+        if noncentering:
+            self.noncentering = find_noncentering(
+                self.model, list(self.ordering.values()), self.ddim
+            )
+        self.place(
+            self._prepare_start(self._kwargs.get("start")),
+            np.ones(self.ddim),
+            build_flow(self.flow, self.ddim, self.flow_options),
+        )
         if not self._check_user_params(spec_kw={"n": self.bijection.n_weights}):
             self.shared_params = self._initial_weights()
         self._finalize_init()
 
-    def _centred(self, start):
-        """Build the flow, its end moved to where the model starts."""
-        flow = build_flow(self.flow, self.ddim, self.flow_options)
-        center = self._prepare_start(start)
-        return Chain([flow, Center(self.ddim, tuple(center.tolist()))])
+    def place(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+        """Put the flow inside a new fixed affine map, or another flow, its weights still to be set.
+
+        Parameters
+        ----------
+        loc, factor : ndarray
+            As in :class:`pymc_flows.bijections.Whitening`.
+        layers : Bijection, optional
+            Take the place of the present ones, which keep their weights otherwise.
+        """
+        if layers is not None:
+            self.layers = layers
+        self.loc = loc
+        last: list[Bijection] = [Whitening(self.ddim, loc, factor)]
+        if isinstance(self.layers, Chain) and isinstance(self.layers.layers[-1], Tails):
+            # tails belong to the variables, so what correlates them stands before
+            *first, tails = self.layers.layers
+            scales = factor if factor.ndim == 1 else np.sqrt((factor**2).sum(axis=1))
+            last = [tails, Whitening(self.ddim, loc, scales)]
+            if factor.ndim == 2:
+                last = [Whitening(self.ddim, 0 * loc, factor / scales[:, None]), *last]
+        else:
+            first = [self.layers]
+        if self.noncentering is not None:
+            last.append(self.noncentering)
+        self.bijection: Bijection = Chain([*first, *last])
+        self.__dict__.pop("_cache", None)  # what was written down with the old map
+
+    def restart(self, layers: Bijection, loc: np.ndarray, factor: np.ndarray) -> None:
+        """Become another flow, with weights of its own."""
+        self.place(loc, factor, layers)
+        self.shared_params = self._initial_weights()
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
@@ -145,6 +192,15 @@ class FlowGroup(Group):
         return flat
 
     @property
+    def on_ladder(self) -> bool:
+        """Whether a fit may end with an affine map alone: the default family with trainable weights."""
+        return self._is_default and self.shared_params is not None
+
+    @property
+    def _is_default(self):
+        return isinstance(self.flow, str) and canonical(self.flow) == DEFAULT_FAMILY
+
+    @property
     def _params(self):
         return Params(self.params_dict["weights"], self.bijection.weight_shapes)
 
@@ -152,6 +208,11 @@ class FlowGroup(Group):
         """Draws x (draws, dim) made from noise (draws, dim), and their log density (draws,)."""
         x, log_det = self.bijection.forward(noise, self._params)
         return x, normal_log_density(noise) - log_det
+
+    def draws_and_score(self, noise):
+        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
+        x, log_det, score = self.bijection.carry_score(noise, -noise, self._params)
+        return x, normal_log_density(noise) - log_det, score
 
     @node_property
     def _mapped(self):
@@ -263,10 +324,33 @@ class FlowApproximation(Approximation):
         log_q : TensorVariable
             (draws,), in nats.
         """
-        noise = [pt.matrix(shape=(n_draws, group.ddim)) for group in self.groups]
+        noise = self._symbolic_noise(n_draws)
         xs, log_qs = zip(*map(_draws_of_group, self.groups, noise), strict=True)
-        x = xs[0] if len(xs) == 1 else pt.concatenate(xs, axis=1)
-        return noise, pt.specify_shape(x, (n_draws, self.ddim)), sum(log_qs)
+        return noise, self._joined(xs, n_draws), sum(log_qs)
+
+    def draws_and_score(self, n_draws: int):
+        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) as a fourth."""
+        noise = self._symbolic_noise(n_draws)
+        xs, log_qs, scores = zip(*map(_draws_and_score_of_group, self.groups, noise), strict=True)
+        return noise, self._joined(xs, n_draws), sum(log_qs), self._joined(scores, n_draws)
+
+    def _symbolic_noise(self, n_draws):
+        return [pt.matrix(shape=(n_draws, group.ddim)) for group in self.groups]
+
+    def _joined(self, pieces, n_draws):
+        x = pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1)
+        return pt.specify_shape(x, (n_draws, self.ddim))
+
+    def initial_point(self) -> np.ndarray:
+        """Where the groups start, unconstrained and flat (dim,), in the groups' order."""
+        return np.concatenate(
+            [g.loc if isinstance(g, FlowGroup) else g._prepare_start(None) for g in self.groups]
+        )
+
+    def forget_functions(self) -> None:
+        """Drop what was compiled or written down with maps that the groups no longer have."""
+        self._functions = {}
+        self.__dict__.pop("_cache", None)
 
     def sample(
         self,
@@ -356,21 +440,41 @@ class FlowApproximation(Approximation):
         ]
 
     def _draw_function(self, model):
-        """Noise of each group to values, log p and log q, compiled, for chunks of draws."""
+        """Noise of each group to values, log p and log q, compiled, for chunks of draws.
+
+        The flow and the model are two functions, so that a model that JAX can't compile does not
+        take the flow with it.
+        """
         if model not in self._functions:
             # a minibatch's log density would change from draw to draw
             whole = remove_minibatched_nodes(model) if has_minibatch(model) else model
             n_data = sum(np.size(d) for d in self._data_sizes(whole))
             chunk = int(np.clip(CHUNK_ELEMENTS // (n_data + self.ddim), 1, CHUNK_DRAWS))
-            noise, x, log_q = self.draws_and_log_q(chunk)
+            flow = self.flow_function(chunk)
+            x = pt.matrix("x", shape=(chunk, self.ddim))
             values = batch(model.unobserved_value_vars, model, value_slices(self, x))
-            outputs = [*values, sum(log_density(self, x, model=whole)), log_q]
-            zeros = [np.zeros((chunk, g.ddim), dtype=pytensor.config.floatX) for g in self.groups]
-            function = compile_function(
-                noise, outputs, backend=self.backend, trial=lambda compiled: compiled(*zeros)
+            outputs = [*values, sum(log_density(self, x, model=whole))]
+            zeros = np.zeros(x.type.shape, dtype=x.dtype)
+            evaluate = compile_function(
+                [x], outputs, backend=self.backend, trial=lambda compiled: compiled(zeros)
             )
+
+            def function(*noise):
+                x, log_q = map(np.asarray, flow(*noise))
+                return [*evaluate(x), log_q]
+
             self._functions[model] = function, chunk
         return self._functions[model]
+
+    def flow_function(self, n_draws):
+        """Noise of each group to x (draws, dim) and log q (draws,), compiled."""
+        if n_draws not in self._functions:
+            noise, x, log_q = self.draws_and_log_q(n_draws)
+            zeros = [np.zeros(z.type.shape, dtype=z.dtype) for z in noise]
+            self._functions[n_draws] = compile_function(
+                noise, [x, log_q], backend=self.backend, trial=lambda compiled: compiled(*zeros)
+            )
+        return self._functions[n_draws]
 
     @staticmethod
     def _data_sizes(model):
@@ -561,6 +665,19 @@ def _draws_of_group(group, noise):
     return graph_replace(
         [group.symbolic_random, group.symbolic_logq], {group.symbolic_initial: noise}, strict=False
     )
+
+
+def _draws_and_score_of_group(group, noise):
+    if isinstance(group, FlowGroup):
+        return group.draws_and_score(noise)
+    x, log_q = _draws_of_group(group, noise)
+    if isinstance(group, MeanFieldGroup):
+        return x, log_q, -noise / group.std
+    if isinstance(group, FullRankGroup):
+        upper = group.L.T
+        score = -pt.linalg.solve_triangular(upper, noise.T, lower=False, b_ndim=2).T
+        return x, log_q, score
+    raise NotImplementedInference(f"{group} has no score: gradient='reparameterization' needs none")
 
 
 def log_density_of_group(group, x):

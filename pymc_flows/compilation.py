@@ -11,6 +11,18 @@ from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
 
 
+def prefers_jax(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether a backend is JAX, or would be by default."""
+    if "mode" in (compile_kwargs or {}):
+        return False
+    return backend == "jax" or (backend is None and importlib.util.find_spec("jax") is not None)
+
+
+def runs_on_jax(function) -> bool:
+    """Whether a compiled function is JAX's."""
+    return type(function.maker.linker).__name__ == "JAXLinker"
+
+
 def compile_function(
     inputs,
     outputs,
@@ -37,7 +49,7 @@ def compile_function(
         Passed on.
     """
     chosen = resolve_backend_compile_kwargs(backend, compile_kwargs)
-    choose_jax = "mode" not in chosen and importlib.util.find_spec("jax") is not None
+    choose_jax = prefers_jax(backend, chosen)
 
     def attempt(extra):
         with warnings.catch_warnings():

@@ -21,10 +21,12 @@ from pymc_flows.bijections import (
     LowerTriangular,
     Planar,
     Radial,
+    RationalQuadratic,
     Scale,
+    Tails,
 )
 
-DEFAULT_FAMILY = "realnvp"
+DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
 
 
@@ -125,6 +127,71 @@ def realnvp(
     return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 
+def flow(
+    dim: int,
+    *,
+    n_layers: int = 4,
+    hidden: Iterable[int] = (64,),
+    affine: str | None = None,
+    tails: bool = True,
+) -> Chain:
+    """Affine couplings (Dinh et al. 2017), an affine map, and tails of a learned weight.
+
+    What ``method="flow"`` trains where an affine map alone does not do.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 4
+        Number of couplings.
+    hidden : iterable of int, default (64,)
+        Width of each hidden layer of the conditioners.
+    affine : {"full", "diagonal"}, optional
+        The affine map, as in :func:`planar`.
+    tails : bool, default True
+        End in sinh-arcsinh tails (Jones & Pewsey 2009), one weight a side and dimension.
+    """
+    couplings = realnvp(dim, n_layers=n_layers, hidden=hidden, affine=affine).layers
+    return Chain([*couplings, Tails(dim)] if tails else couplings)
+
+
+def affine_map(dim: int) -> Chain:
+    """The affine map alone: full up to 200 dimensions, diagonal above."""
+    return Chain(_affine(dim, None))
+
+
+def nsf(
+    dim: int,
+    *,
+    n_layers: int = 6,
+    hidden: Iterable[int] = (32, 32),
+    n_bins: int = 8,
+    bound: float = 5.0,
+    affine: str | None = None,
+) -> Chain:
+    """Spline couplings on alternating halves (Durkan et al. 2019, arXiv:1906.04032), then an affine map.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 6
+        Number of couplings.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the conditioners.
+    n_bins : int, default 8
+        Pieces of each spline.
+    bound : float, default 5
+        Where the splines end, in units of the base noise; beyond, they are the identity.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    spline = RationalQuadratic(_at_least_one(n_bins=n_bins), bound)
+    coupling = Coupling(dim, spline, _widths(hidden))
+    return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
 def _at_least_one(**option: int) -> int:
     ((name, value),) = option.items()
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
@@ -164,13 +231,17 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "flow": Family(
+        flow, "Dinh et al. 2017, Jones & Pewsey 2009", "one pass", "anything: the default"
+    ),
     "planar": Family(planar, "Rezende & Mohamed 2015", "no inverse", "mild bends, few weights"),
     "radial": Family(radial, "Rezende & Mohamed 2015", "one pass", "mild swells, few weights"),
     "householder": Family(
         householder, "Tomczak & Welling 2016", "one pass", "correlated Gaussians"
     ),
     "nice": Family(nice, "Dinh et al. 2015", "one pass", "curved, of even spread"),
-    "realnvp": Family(realnvp, "Dinh et al. 2017", "one pass", "curved and funnelled; the default"),
+    "realnvp": Family(realnvp, "Dinh et al. 2017", "one pass", "curved and funnelled"),
+    "nsf": Family(nsf, "Durkan et al. 2019", "one pass", "sharp edges, mixtures"),
 }
 
 FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
@@ -181,7 +252,9 @@ FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
     "radial": Radial,
 }
 
-DEFAULT_ALIASES = ("flow", "nfvi")
+DEFAULT_ALIASES = ("nfvi",)
+# options that every flow has, because they concern the model and not the flow
+MODEL_OPTIONS = ("noncentering",)
 
 
 def families():
@@ -248,6 +321,7 @@ def build_flow(
         if flow.dim != dim:
             raise ValueError(f"dim of the bijection must be the group's, {dim}, got {flow.dim}")
         return flow
+    options = {name: value for name, value in options.items() if name not in MODEL_OPTIONS}
     name = canonical(flow)
     if name in FAMILIES:
         return FAMILIES[name].build(dim, **options)
@@ -263,17 +337,17 @@ def canonical(flow: str) -> str:
 def check_flow(flow: str | Bijection, options: Mapping[str, Any]) -> None:
     """Raise UnknownFlowError unless the flow exists and has these options."""
     if isinstance(flow, Bijection):
-        known, kind = [], "a ready bijection"
+        known, kind = list(MODEL_OPTIONS), "a ready bijection"
     elif (name := canonical(flow)) in FAMILIES:
-        known, kind = list(FAMILIES[name].options), f"family {name!r}"
+        known, kind = [*FAMILIES[name].options, *MODEL_OPTIONS], f"family {name!r}"
     else:
         parse_formula(name)
-        known, kind = [], f"formula {name!r}"
+        known, kind = list(MODEL_OPTIONS), f"formula {name!r}"
     for option in options:
         if option not in known:
-            listing = f"Options: {', '.join(known)}" if known else "It has no options"
             raise UnknownFlowError(
-                f"unknown option {option} for {kind}{nearest(option, known)}. {listing}"
+                f"unknown option {option} for {kind}{nearest(option, known)}. "
+                f"Options: {', '.join(known)}"
             )
 
 

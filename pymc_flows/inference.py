@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,19 @@ from pymc.variational.opvi import Approximation, Group
 
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
 from pymc_flows.bijections import Bijection
-from pymc_flows.families import FAMILIES, canonical, nearest
-from pymc_flows.objective import build_objective
-from pymc_flows.training import Run, Schedule, Step, settle, train
+from pymc_flows.families import FAMILIES, affine_map, canonical, nearest
+from pymc_flows.initialization import NoStartError, Start, find_start, fits
+from pymc_flows.log_density import has_minibatch
+from pymc_flows.objective import Pulled, Target, build_objective
+from pymc_flows.training import Run, Schedule, Step, explain_failure, settle, train
 
 DEFAULT_STEPS = 5000
 DEFAULT_DRAWS = 64
-DEFAULT_RATE = 5e-3
+DEFAULT_RATE = 1e-2
 REFINE_RATE = 0.2
 FIT_OPTIONS = (
     "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
-    "learning_rate", "annealing", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
+    "learning_rate", "annealing", "gradient", "initialize", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
     "more_obj_params", "more_updates", "more_replacements", "compile_kwargs",
 )  # fmt: skip
 
@@ -84,6 +88,8 @@ class NFVI(Inference):
         super().__init__(KL, approx, None)
         self.hist = approx.hist
         self._step: Step | None = None
+        self._target: Target | None = None
+        self._start: Start | None = None
         self._fit_options: dict[str, Any] = {}
         self._steps_taken = 0
 
@@ -99,6 +105,8 @@ class NFVI(Inference):
         include_transformed: bool = False,
         learning_rate: float | None = None,
         annealing: int = 0,
+        gradient: str = "stl",
+        initialize: bool = True,
         vectorize: bool = True,
         obj_n_mc: int | None = None,
         obj_optimizer: Callable | None = None,
@@ -125,12 +133,18 @@ class NFVI(Inference):
             By default JAX where it is installed, else PyTensor's default.
         include_transformed : bool, default False
             Whether ``approx.state`` also has the unconstrained variables.
-        learning_rate : float, default 0.005
+        learning_rate : float, default 0.01
             Highest rate of Adam, after the warm-up and before the decay.
         annealing : int, default 0
             Steps over which the model's density is flattened, ever less, so that a flow finds modes
             apart from its start: raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende
             & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO.
+        gradient : {"stl", "reparameterization", "dreg"}, default "stl"
+            The gradient's estimator; see :func:`pymc_flows.objective.build_objective`.
+        initialize : bool, default True
+            Search for a start: a Gaussian near the posterior, inside which the flow trains. False
+            leaves the flow at the model's initial point, with unit scales. Not possible for
+            minibatches, ``more_obj_params`` and ``more_replacements``, whose density changes.
         vectorize : bool, default True
             Evaluate the log density of all draws as one batch; False loops over them.
         obj_n_mc : int, default 64
@@ -174,7 +188,6 @@ class NFVI(Inference):
             "theme": progressbar_theme,
             "rate": rate,
         }
-        started = time.perf_counter()
         self.approx.fit_stats = {
             "gradient_evaluations": 0,
             "steps": 0,
@@ -184,14 +197,107 @@ class NFVI(Inference):
             "invalid_draws": 0,
         }
         if n > 0:
-            self._step = self._compile_step(
-                n_draws, vectorize, obj_optimizer, total_grad_norm_constraint,
-                more_obj_params, more_updates, more_replacements, backend, compile_kwargs,
+            self._fit(
+                n, n_draws, rate, annealing, gradient, initialize, progressbar,
+                {
+                    "vectorize": vectorize,
+                    "more_params": more_obj_params or (),
+                    "more_replacements": more_replacements,
+                },
+                {
+                    "optimizer": obj_optimizer,
+                    "max_norm": total_grad_norm_constraint,
+                    "more_updates": more_updates,
+                    "backend": backend,
+                    "compile_kwargs": compile_kwargs,
+                },
             )  # fmt: skip
-            self.approx.fit_stats["seconds"]["compile"] = time.perf_counter() - started
-        self._steps_taken = 0
-        self._train(n, Schedule(rate, max(n, 1), annealing), progressbar)
+        else:
+            self.approx.fit_stats["stopped"] = "initialisation only"
         return self.approx
+
+    def _fit(
+        self, n, n_draws, rate, annealing, gradient, initialize, progressbar, density, options
+    ):
+        """Search for a start, stop there if it is good, and train otherwise."""
+        approx, seconds = self.approx, self.approx.fit_stats["seconds"]
+        with approx.model, _timed(seconds, "compile"):
+            fixed = not (
+                has_minibatch(approx.model)
+                or density["more_params"]
+                or density["more_replacements"]
+            )
+            target = None
+            if fixed:
+                target = Target(
+                    approx,
+                    n_draws,
+                    vectorize=density["vectorize"],
+                    backend=options["backend"],
+                    compile_kwargs=options["compile_kwargs"],
+                )
+        self._target, self._start = target, None
+        if target is not None and initialize:
+            with _timed(seconds, "start"):
+                good = self._initialize(target, options)
+            if good and options["optimizer"] is None:
+                self._record(Run(stopped="the affine map fits: its importance weights are even"))
+                return
+        with approx.model, _timed(seconds, "compile"):
+            # a model that JAX can't compile must not take the flow with it
+            split = target is not None and target.fell_back
+            objective = build_objective(approx, n_draws, gradient=gradient, split=split, **density)
+            seed = int(approx.rng.randint(2**30))
+            self._step = Step(approx, objective, target if split else None, seed=seed, **options)
+        self._steps_taken = 0
+        window = 50 if options["optimizer"] is None else 0
+        self._train(n, Schedule(rate, n, annealing, window), progressbar)
+
+    def _initialize(self, target: Target, options: dict[str, Any]) -> bool:
+        """Put flows where the posterior is; whether an affine map alone is good enough."""
+        approx = self.approx
+        rng = np.random.default_rng(approx.rng.randint(2**30))
+        alone = approx.groups[0] if len(approx.groups) == 1 else None
+        ladder = getattr(alone, "on_ladder", False)
+        density: Target | Pulled = target
+        try:
+            if getattr(alone, "noncentering", None) is not None:
+                start, density = self._choose_centring(target, alone, rng, options)
+            else:
+                start = find_start(target, approx.initial_point(), rng)
+        except NoStartError:
+            message = "The fit can't start: at no point that was tried is the model finite."
+            raise FloatingPointError(explain_failure(approx, message)) from None
+        self._start = start
+        gaussian = start.gaussian
+        approx.fit_stats["start_elbo"] = gaussian.elbo
+        good = ladder and len(start.modes) == 1 and fits(density, gaussian, rng)
+        first = 0
+        for group in approx.groups:
+            here = slice(first, first + group.ddim)
+            first += group.ddim
+            if isinstance(group, FlowGroup):
+                loc, factor = gaussian.block(here)
+                if good:
+                    group.restart(affine_map(group.ddim), loc, factor)
+                else:
+                    group.restart(group.layers, loc, factor)
+        approx.forget_functions()
+        return good
+
+    def _choose_centring(self, target, group, rng, options):
+        """The better start of the non-centred and the centred parametrization, and its density."""
+        compiling = {name: options[name] for name in ("backend", "compile_kwargs")}
+        found = []
+        for logit in (-6.0, 6.0):
+            layer = replace(group.noncentering, start=logit)
+            density = Pulled(target, layer, **compiling)
+            start = find_start(density, group.loc, rng)
+            found.append((start.gaussian.elbo, layer, start, density))
+            if fits(density, start.gaussian, rng):
+                break
+        _, group.noncentering, start, density = max(found, key=lambda candidate: candidate[0])
+        return start, density
 
     def refine(
         self,
@@ -241,29 +347,6 @@ class NFVI(Inference):
         assert self._step is not None
         return self._step.function.profile
 
-    def _compile_step(
-        self, n_draws, vectorize, optimizer, max_norm, more_params, more_updates,
-        more_replacements, backend, compile_kwargs,
-    ) -> Step:  # fmt: skip
-        with self.approx.model:
-            objective = build_objective(
-                self.approx,
-                n_draws,
-                vectorize=vectorize,
-                more_params=more_params or (),
-                more_replacements=more_replacements,
-            )
-            return Step(
-                self.approx,
-                objective,
-                seed=int(self.approx.rng.randint(2**30)),
-                optimizer=optimizer,
-                max_norm=max_norm,
-                more_updates=more_updates,
-                backend=backend,
-                compile_kwargs=compile_kwargs,
-            )
-
     def _train(self, n, schedule, progressbar):
         options, approx = self._fit_options, self.approx
         run = Run(stopped="initialisation only")
@@ -282,17 +365,40 @@ class NFVI(Inference):
                 )
         finally:
             settle(approx.params)
+        self._choose(run)
         if options["score"]:
             self.hist = np.concatenate([self.hist, run.losses])
         approx.hist = self.hist
         self._steps_taken += run.losses.size
         self._record(run)
 
+    def _choose(self, run: Run) -> None:
+        """End in the state with the best ELBO, judged on fresh draws common to all."""
+        if self._start is None:
+            # no start was found that the fit could fall behind
+            run.states.pop("first", None)
+        if self._step is None or not self._step.has_rate or len(run.states) < 2:
+            return
+        found = {}
+        params: Any = self._step.params
+        seed = int(self.approx.rng.randint(2**30))
+        for name, state in run.states.items():
+            for param, value in zip(params, state, strict=True):
+                param.set_value(value.copy())
+            found[name] = self._step.elbo(seed)
+        best = max(found, key=found.__getitem__)
+        for param, value in zip(params, run.states[best], strict=True):
+            param.set_value(value.copy())
+        self.approx.fit_stats["elbo"] = found[best]
+        self.approx.fit_stats["state"] = best
+
     def _record(self, run: Run) -> None:
         stats = self.approx.fit_stats
         n_draws = self._step.n_draws if self._step else 0
         stats["steps"] += run.losses.size
-        stats["gradient_evaluations"] += run.losses.size * n_draws
+        stats["gradient_evaluations"] = sum(
+            counter.evaluations for counter in (self._target, self._step) if counter is not None
+        )
         stats["seconds"]["training"] += run.seconds
         stats["stopped"] = run.stopped
         stats["nonfinite_steps"] += run.nonfinite_steps
@@ -306,6 +412,16 @@ class NFVI(Inference):
                 UserWarning,
                 stacklevel=4,
             )
+
+
+@contextlib.contextmanager
+def _timed(seconds, stage):
+    """Add the wall time of what is within to a stage's."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - started
 
 
 def _joint(flow, model, random_seed) -> FlowApproximation:

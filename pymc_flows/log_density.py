@@ -12,6 +12,7 @@ from pymc.logprob.utils import (
     local_remove_check_parameter,
 )
 from pymc.model import Model
+from pymc.pytensorf import constant_fold
 from pymc.variational.minibatch_rv import MinibatchRandomVariable
 from pymc.variational.opvi import Approximation
 from pytensor.conditional.op import IfElse
@@ -20,6 +21,8 @@ from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import graph_replace, vectorize_graph
 from pytensor.graph.rewriting.basic import in2out
 from pytensor.graph.traversal import ancestors
+from pytensor.scan.op import Scan
+from pytensor.tensor.basic import Join
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
@@ -28,10 +31,11 @@ from pytensor.tensor.variable import TensorVariable
 def value_slices(approx: Approximation, x: TensorVariable) -> dict[str, TensorVariable]:
     """Cut x (draws, dim), in the groups' order, into the model's value variables by name."""
     values, start = {}, 0
+    n_draws = x.shape[0] if x.type.shape[0] is None else x.type.shape[0]
     for group in approx.groups:
         for name, where, shape, dtype in group.ordering.values():
             piece = x[:, start + where.start : start + where.stop]
-            values[name] = piece.reshape((x.shape[0], *shape)).astype(dtype)
+            values[name] = piece.reshape((n_draws, *shape)).astype(dtype)
         start += group.ddim
     return values
 
@@ -87,7 +91,8 @@ def batch(
     vectorize : bool
         Batch the graph; otherwise, or with a warning if it can't be, scan over the draws.
     """
-    n_draws = next(iter(values.values())).shape[0]
+    first = next(iter(values.values()))
+    n_draws = first.shape[0] if first.type.shape[0] is None else first.type.shape[0]
     graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
     if vectorize:
@@ -102,6 +107,7 @@ def batch(
                 stacklevel=2,
             )
         else:
+            batched = _scan_plainly(_join_plainly(batched, n_draws), n_draws)
             return [_with_draws(b, g, n_draws) for b, g in zip(batched, graphs, strict=True)]
     return _loop(graphs, replacements)
 
@@ -112,6 +118,89 @@ def _refuse_branches(graphs):
         op = variable.owner.op if variable.owner is not None else None
         if isinstance(op, Blockwise) and isinstance(op.core_op, IfElse):
             raise NotImplementedError("IfElse chooses one branch for all draws")
+
+
+def _join_plainly(graphs, n_draws):
+    """Broadcast what is joined, so that Join needs no Blockwise, whose gradient JAX can't compile."""
+    replacements = {}
+    for variable in ancestors(graphs):
+        op = variable.owner.op if variable.owner is not None else None
+        if isinstance(op, Blockwise) and isinstance(op.core_op, Join):
+            inputs = [
+                pt.broadcast_to(piece, (n_draws, *tuple(piece.shape)[1:]))
+                for piece in variable.owner.inputs
+            ]
+            replacements[variable] = pt.join(op.core_op.axis + 1, *inputs)
+    return graph_replace(graphs, replacements, strict=False) if replacements else graphs
+
+
+def _scan_plainly(graphs, n_draws):
+    """Let each loop step all draws at once, where Blockwise would loop over the draws' loops.
+
+    JAX can't compile the latter, and other backends run it more slowly.
+    """
+    tried = set()
+    while nodes := [n for n in _blockwise_scans(graphs) if n not in tried]:
+        node = nodes[0]
+        tried.add(node)
+        found = _batched_scan(node, n_draws)
+        if found is not None:
+            replacements = dict(zip(node.outputs, found, strict=True))
+            graphs = graph_replace(graphs, replacements, strict=False)
+    return graphs
+
+
+def _blockwise_scans(graphs):
+    """Nodes that are batched loops, those that others depend on first."""
+    found = {}
+    for variable in ancestors(graphs):
+        node = variable.owner
+        if node and isinstance(node.op, Blockwise) and isinstance(node.op.core_op, Scan):
+            found[node] = None
+    return [n for n in found if not any(m is not n and _depends(n, m) for m in found)]
+
+
+def _depends(node, other):
+    return any(output in set(ancestors(node.inputs)) for output in other.outputs)
+
+
+def _batched_scan(node, n_draws):
+    """The outputs of a batched loop as those of one loop over batches; None where not supported."""
+    op, info = node.op.core_op, node.op.core_op.info
+    unsupported = (info.n_mit_mot, info.n_mit_sot, info.n_untraced_sit_sot, info.as_while)
+    (n_steps,) = constant_fold([node.inputs[0][0]], raise_not_constant=False)
+    if any(unsupported) or isinstance(n_steps, Variable):
+        return None
+    n_steps = int(n_steps)
+    outer = [pt.broadcast_to(v, (n_draws, *tuple(v.shape)[1:])) for v in node.inputs[1:]]
+    outer = [node.inputs[0], *outer]
+    graph = op.fgraph.unfreeze()
+    inner = list(graph.inputs)
+    sequences = [v[:, :n_steps].swapaxes(0, 1) for v in op.outer_seqs(outer)]
+    states = [v[:, 0] for v in op.outer_sitsot(outer)]
+    others = list(op.outer_non_seqs(outer))
+    order = [*op.inner_seqs(inner), *op.inner_sitsot(inner), *op.inner_non_seqs(inner)]
+
+    def step(*args):
+        values = [a.astype(v.dtype) for a, v in zip(args, order, strict=True)]
+        stepped = vectorize_graph(graph.outputs, dict(zip(order, values, strict=True)))
+        # a state keeps the shape of its start, which scan insists on
+        kept = [pt.specify_shape(s, v.type.shape) for s, v in zip(stepped, states, strict=False)]
+        return [*kept, *stepped[len(states) :]]
+
+    found = pytensor.scan(
+        step,
+        sequences=sequences,
+        outputs_info=[*states, *[None] * info.n_nit_sot],
+        non_sequences=others,
+        n_steps=n_steps,
+        strict=True,
+        return_updates=False,
+    )
+    found = found if isinstance(found, list) else [found]
+    firsts = [state[None] for state in states]
+    whole = [pt.concatenate([f, rest]) for f, rest in zip(firsts, found, strict=False)]
+    return [v.swapaxes(0, 1) for v in [*whole, *found[len(states) :]]]
 
 
 def _with_draws(batched, graph, n_draws):

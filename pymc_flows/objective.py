@@ -1,4 +1,4 @@
-"""The evidence lower bound, on all Monte Carlo draws at once, and its gradient."""
+"""The model's log density as a target, the evidence lower bound, and estimates of its gradient."""
 
 from __future__ import annotations
 
@@ -9,12 +9,125 @@ from typing import Any
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
+from pymc.pytensorf import floatX
 from pytensor.graph.basic import Variable
 from pytensor.graph.replace import graph_replace
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.approximation import FlowApproximation
+from pymc_flows.bijections import Params, flatten
+from pymc_flows.compilation import compile_function, prefers_jax, runs_on_jax
 from pymc_flows.log_density import has_minibatch, log_density
+
+GRADIENTS = ("stl", "reparameterization", "dreg")
+
+
+class Target:
+    """The model's log density and its gradient at batches of points, compiled.
+
+    Parameters
+    ----------
+    approx : FlowApproximation
+        Says where in a point each variable lies.
+    n_draws : int
+        Points a call; static, so that JAX can compile.
+    vectorize : bool, default True
+        As in :func:`build_objective`.
+    backend, compile_kwargs
+        As in :func:`pymc_flows.compilation.compile_function`.
+
+    Attributes
+    ----------
+    evaluations : int
+        Points evaluated so far, the padding of incomplete batches included.
+    fell_back : bool
+        Whether JAX was to be used and could not compile it.
+    """
+
+    def __init__(
+        self,
+        approx: FlowApproximation,
+        n_draws: int,
+        *,
+        vectorize: bool = True,
+        backend: str | None = None,
+        compile_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.dim, self.n_draws, self.evaluations = approx.ddim, n_draws, 0
+        x = pt.matrix("x", shape=(n_draws, self.dim))
+        zeros = np.zeros(x.type.shape, dtype=x.dtype)
+        self.function = compile_function(
+            [x],
+            _density_and_score(approx, x, vectorize),
+            backend=backend,
+            compile_kwargs=compile_kwargs,
+            trial=lambda compiled: compiled(zeros),
+        )
+        self.fell_back = prefers_jax(backend, compile_kwargs) and not runs_on_jax(self.function)
+
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log density (points,) in nats and score (points, dim) of unconstrained x (points, dim)."""
+        parts = []
+        for start in range(0, len(x), self.n_draws):
+            rows = x[start : start + self.n_draws]
+            missing = self.n_draws - len(rows)
+            padded = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+            found = self.function(floatX(padded))
+            self.evaluations += self.n_draws
+            parts.append([np.asarray(part)[: len(rows)] for part in found])
+        log_p, score = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return log_p, score
+
+
+class Pulled:
+    """A target seen through a last layer: the density of y where ``x = layer(y)`` has the target's.
+
+    Parameters
+    ----------
+    target : Target
+        On x.
+    layer : Bijection
+        With its weights as they are at first.
+    backend, compile_kwargs
+        As in :func:`pymc_flows.compilation.compile_function`.
+    """
+
+    def __init__(self, target, layer, *, backend=None, compile_kwargs=None) -> None:
+        self.target = target
+        y, score = (pt.matrix(shape=(target.n_draws, target.dim)) for _ in range(2))
+        self.flat = pt.vector("weights", shape=(layer.n_weights,))
+        x, log_det = layer.forward(y, Params(self.flat, layer.weight_shapes))
+        pulled = pt.grad((score * x).sum() + log_det.sum(), y, consider_constant=[score])
+        self.weights = floatX(flatten(layer.init(np.random.default_rng(0))))
+        zeros = np.zeros(y.type.shape, dtype=y.dtype)
+        self.function = compile_function(
+            [y, score, self.flat],
+            [x, log_det, pulled],
+            backend=backend,
+            compile_kwargs=compile_kwargs,
+            trial=lambda compiled: compiled(zeros, zeros, self.weights),
+        )
+
+    def __call__(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log density (points,) and score (points, dim) of y (points, dim)."""
+        size, parts = self.target.n_draws, []
+        for start in range(0, len(y), size):
+            rows = y[start : start + size]
+            padded = floatX(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
+            x = np.asarray(self.function(padded, 0 * padded, self.weights)[0])
+            log_p, score = self.target(x)
+            # a score that is not finite stays so, whatever it is multiplied with
+            _, log_det, pulled = self.function(padded, floatX(score), self.weights)
+            log_p, pulled = log_p + np.asarray(log_det), np.asarray(pulled)
+            parts.append([log_p[: len(rows)], pulled[: len(rows)]])
+        log_p, score = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return log_p, score
+
+
+def _density_and_score(approx, x, vectorize, more_replacements=None):
+    prior, likelihood = log_density(approx, x, vectorize, more_replacements)
+    log_p: Any = prior + likelihood
+    return [log_p, pt.grad(log_p.sum(), x)]
 
 
 @dataclass(frozen=True)
@@ -28,9 +141,15 @@ class Objective:
     temper : TensorVariable
         Power to which the model's density is raised, an input: 1 is the posterior, less is flatter
         (Rezende & Mohamed 2015, section 6.1).
+    x : TensorVariable
+        The draws (draws, dim), unconstrained.
+    density : list of TensorVariable
+        Inputs for log p (draws,) and its score (draws, dim) at ``x``, where the objective was built
+        with ``split``; otherwise none, for the model is then part of the graph.
     loss : TensorVariable
         Negative ELBO, the mean over the valid draws of ``log q - temper log p``, in nats; divided by the
-        minibatch's scaling where ``approx.scale_cost_to_minibatch`` is set, as PyMC does.
+        minibatch's scaling where ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
+        ``gradient="dreg"``, the negative importance-weighted bound over the draws.
     n_valid : TensorVariable
         How many draws had a finite log density and gradient. The others are left out.
     params : list of Variable
@@ -41,6 +160,8 @@ class Objective:
 
     noise: list[TensorVariable]
     temper: TensorVariable
+    x: TensorVariable
+    density: list[TensorVariable]
     loss: TensorVariable
     n_valid: TensorVariable
     params: list[Variable]
@@ -51,11 +172,13 @@ def build_objective(
     approx: FlowApproximation,
     n_draws: int,
     *,
+    gradient: str = "stl",
+    split: bool = False,
     vectorize: bool = True,
     more_params: Sequence[Variable] = (),
     more_replacements: Mapping[Variable, Variable] | None = None,
 ) -> Objective:
-    """Write down the negative ELBO of an approximation and its reparametrization gradient.
+    """Write down the negative ELBO of an approximation and an estimate of its gradient.
 
     Parameters
     ----------
@@ -63,6 +186,13 @@ def build_objective(
         Any groups that have densities.
     n_draws : int
         Monte Carlo draws; static, so that JAX can compile.
+    gradient : {"stl", "reparameterization", "dreg"}, default "stl"
+        ``stl``, sticking the landing, leaves out the part of the reparametrization gradient that is
+        zero on average; it has no variance at all where q is the posterior (Roeder et al. 2017,
+        arXiv:1703.09194). ``dreg``, doubly reparametrized, is that of the importance-weighted
+        bound over the draws (Tucker et al. 2019, arXiv:1810.04152, eq. 8).
+    split : bool, default False
+        Leave the model out: its log density and score are inputs.
     vectorize : bool, default True
         Evaluate the log density of all draws as one batch; otherwise, and where that is
         impossible (said in a warning), loop over the draws.
@@ -71,33 +201,48 @@ def build_objective(
     more_replacements : mapping of Variable to Variable, optional
         Applied to the model's log density.
     """
-    noise, x, log_q = approx.draws_and_log_q(n_draws)
-    x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
-    prior, likelihood = log_density(approx, x_free, vectorize, more_replacements)
-    log_p_free: Any = prior + likelihood
-    score_free = pt.grad(log_p_free.sum(), x_free)
+    score_q: Any = None
+    if gradient == "reparameterization":
+        noise, x, log_q = approx.draws_and_log_q(n_draws)
+    else:
+        noise, x, log_q, score_q = approx.draws_and_score(n_draws)
     temper = pt.scalar("temper")
-    placed: dict[Any, Any] = {x_free: x}
-    tempered: Any = [temper * log_p_free, temper * score_free]
-    replaced: Any = graph_replace(tempered, placed, strict=False)
-    log_p, score = replaced
+    density: Any = [pt.vector("log_p", shape=(n_draws,)), pt.matrix("score", shape=x.type.shape)]
+    inputs = density if split else []
+    if not split:
+        x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
+        density = _density_and_score(approx, x_free, vectorize, more_replacements)
+        placed: dict[Any, Any] = {x_free: x}
+        density = graph_replace(density, placed, strict=False)
+    log_p, score = (temper * part for part in density)
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
     valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))
     n_valid = valid.sum()
+    count = pt.maximum(n_valid, 1).astype(x.dtype)
     scaling = _minibatch_scaling(
         approx, dict(zip(approx.collect("symbolic_initial"), noise, strict=True))
     )
-    weight = valid.astype(x.dtype) / (pt.maximum(n_valid, 1).astype(x.dtype) * scaling)
-    loss = pt.switch(valid, (log_q - log_p) * weight, 0).sum()
+    weight = valid.astype(x.dtype) / (count * scaling)
+    known: dict[Any, Any]
+    if gradient == "dreg":
+        log_weight = pt.switch(valid, log_p - log_q, -np.inf)
+        largest = pt.switch(n_valid > 0, log_weight.max(), 0)
+        ratio = pt.exp(log_weight - largest)
+        total = pt.maximum(ratio.sum(), np.finfo(x.dtype).tiny)
+        loss = -(largest + pt.log(total) - pt.log(count)) / scaling
+        share = ratio / total
+        away = pt.switch(valid[:, None], score_q - score, 0)
+        known = {x: (share**2 / scaling)[:, None] * away, log_p: -share / scaling}
+    else:
+        loss = pt.switch(valid, (log_q - log_p) * weight, 0).sum()
+        pull = -score if gradient == "reparameterization" else score_q - score
+        known = {x: pt.switch(valid[:, None], pull * weight[:, None], 0), log_p: -weight}
+        if gradient == "reparameterization":
+            known[log_q] = weight
     params = [*approx.params, *more_params]
-    known: dict[Any, Any] = {
-        x: pt.switch(valid[:, None], -score * weight[:, None], 0),
-        log_q: weight,
-        log_p: -weight,
-    }
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
-    return Objective(noise, temper, loss, n_valid, params, gradients)
+    return Objective(noise, temper, x, inputs, loss, n_valid, params, gradients)
 
 
 def _minibatch_scaling(approx, noise):

@@ -19,32 +19,51 @@ from rich.progress import Progress, TextColumn
 from pymc_flows.approximation import FlowApproximation
 from pymc_flows.compilation import compile_function
 from pymc_flows.log_density import batch, log_density, value_slices
-from pymc_flows.objective import Objective
+from pymc_flows.objective import Objective, Target
 
 BETA1, EPSILON = 0.9, 1e-8
 # the first gradients, far from the posterior, are huge: 0.999 would remember them for 1000 steps
 BETA2 = 0.99
 MAX_FAILED_STEPS = 50
+ROLL_BACK_AFTER = 10
+ENOUGH_TO_AVERAGE = 10
+CUT = 4
+# nats a window of steps: less is not worth the steps
+LEAST_GAIN = 0.002
 
 
-@dataclass(frozen=True)
+@dataclass
 class Schedule:
-    """Learning rate of each step: a linear warm-up, a plateau, and a cosine down to 1% of the peak.
+    """Learning rate of each step, and when there have been enough.
+
+    The rate warms up, stays at its peak while the loss falls, and is cut to a quarter whenever the
+    last steps, at most four windows, gained no more than their own Monte Carlo noise. When that
+    happens after ``max_cuts`` cuts, the run is over. In the second half of ``n_steps``, the
+    ceiling, the rate also falls along a cosine to a hundredth, so that the last steps settle.
 
     Parameters
     ----------
     peak : float
         Highest rate.
     n_steps : int
-        Steps in all; the first tenth, at most 100, warm up, the second half decays.
+        Most steps; the first tenth, at most 50, warm up.
     annealing : int, default 0
         Steps over which the model's density is raised to a power that grows from 0.01 to 1, so
         that a flow finds modes apart from its start (Rezende & Mohamed 2015, section 6.1).
+    window : int, default 50
+        Steps between decisions; 0 makes none, and the run takes all its steps.
+    max_cuts : int, default 3
+        Cuts of the rate before the end.
     """
 
     peak: float
     n_steps: int
     annealing: int = 0
+    window: int = 50
+    max_cuts: int = 3
+    cut: float = field(default=1.0, init=False)
+    n_cuts: int = field(default=0, init=False)
+    _since: int = field(default=0, init=False)
 
     def temper(self, step: int) -> float:
         """Power of the model's density at a step, 1 once the annealing is over."""
@@ -52,9 +71,41 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Rate of step 0, 1, ..., ``n_steps - 1``."""
-        warm_up = min(1.0, (step + 1) / min(100, max(1, self.n_steps // 10)))
+        warm_up = min(1.0, (step + 1) / min(50, max(1, self.n_steps // 10)))
         decaying = max(0.0, 2 * step / self.n_steps - 1)
-        return self.peak * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * decaying)) / 2)
+        ceiling = 0.01 + 0.99 * (1 + math.cos(math.pi * decaying)) / 2
+        return self.peak * warm_up * min(self.cut, ceiling)
+
+    def settling(self) -> bool:
+        """Whether the rate has been cut far enough for the iterates to be worth averaging."""
+        return self.n_cuts >= self.max_cuts - 1
+
+    def observe(self, losses: np.ndarray) -> str:
+        """Look at the losses so far; return why the run is over, or nothing."""
+        step = losses.size
+        self._since = max(self._since, self.annealing)
+        if not self.window or step % self.window or step - self._since < 2 * self.window:
+            return ""
+        recent = losses[max(self._since, step - 4 * self.window) :]
+        recent = recent[np.isfinite(recent)]
+        if recent.size < self.window:
+            return ""
+        # a few wild losses say nothing of the others' trend
+        recent = np.clip(recent, *np.quantile(recent, [0.05, 0.95]))
+        before, now = np.array_split(recent, 2)
+        noise = math.hypot(before.std() / before.size**0.5, now.std() / now.size**0.5)
+        if before.mean() - now.mean() > max(1.5 * noise, LEAST_GAIN):
+            return ""
+        if self.n_cuts == self.max_cuts:
+            return f"the loss falls no further, after {self.n_cuts} cuts of the rate: step {step}"
+        self.n_cuts += 1
+        self.cut /= CUT
+        self._since = step
+        return ""
+
+    def roll_back(self) -> None:
+        """Take a smaller step from now on."""
+        self.peak /= CUT
 
 
 class Step:
@@ -70,6 +121,8 @@ class Step:
         What is fitted.
     objective : Objective
         Its loss.
+    target : Target, optional
+        The model's density, where the objective was built with ``split``.
     seed : int
         Of the noise, and of the minibatches.
     optimizer : callable, optional
@@ -86,6 +139,7 @@ class Step:
         self,
         approx: FlowApproximation,
         objective: Objective,
+        target: Target | None = None,
         *,
         seed: int,
         optimizer: Callable | None = None,
@@ -98,6 +152,10 @@ class Step:
         self.rngs = [np.random.default_rng(stream) for stream in streams]
         self.shapes = [noise.type.shape for noise in objective.noise]
         self.n_draws = self.shapes[0][0]
+        self.params = objective.params
+        self.evaluations = 0
+        self.target = target
+        self.draw: Callable | None = None
         self.has_rate = optimizer is None
         self.max_norm = math.inf if max_norm is None else max_norm
         self.n_accepted = 0
@@ -116,15 +174,19 @@ class Step:
             ok &= pt.isfinite(updates[param].sum())
         guarded = {p: pt.switch(ok, new, p).astype(p.dtype) for p, new in updates.items()}
         updates = {**guarded, **(more_updates or {})}
+        if target is not None:
+            self.draw = approx.flow_function(self.n_draws)
+            self.density_shapes = [d.type.shape for d in objective.density]
+        self.updated = list(updates)
         self.function = compile_function(
-            [*objective.noise, objective.temper, rate, clip],
+            [*objective.noise, *objective.density, objective.temper, rate, clip],
             [objective.loss, objective.n_valid, norm, ok],
             updates=updates,
             random_seed=seed,
             backend=backend,
             compile_kwargs=compile_kwargs,
             on_unused_input="ignore",
-            trial=self._try_out(list(updates)),
+            trial=self._try_out(self.updated),
         )
 
     def _try_out(self, shared):
@@ -132,12 +194,16 @@ class Step:
 
         def trial(function):
             before = [s.get_value() for s in shared]
-            zeros = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in self.shapes]
-            function(*zeros, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0)))
+            density = self.density_shapes if self.target is not None else []
+            density = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in density]
+            function(*self._zeros(), *density, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0)))
             for variable, value in zip(shared, before, strict=True):
                 variable.set_value(value)
 
         return trial
+
+    def _zeros(self):
+        return [np.zeros(shape, dtype=pytensor.config.floatX) for shape in self.shapes]
 
     def __call__(self, rate: float, temper: float = 1.0) -> tuple[float, int, bool]:
         """Take a step; return its loss, its number of valid draws, and whether it was accepted."""
@@ -149,9 +215,7 @@ class Step:
         t = self.n_accepted + 1
         if self.has_rate:
             rate *= math.sqrt(1 - BETA2**t) / (1 - BETA1**t)
-        loss, n_valid, norm, ok = self.function(
-            *noise, *(floatX(np.asarray(v)) for v in (temper, rate, clip))
-        )
+        loss, n_valid, norm, ok = self._call(noise, temper, rate, clip)
         accepted = bool(ok)
         if accepted:
             self.n_accepted = t
@@ -159,6 +223,35 @@ class Step:
             known = math.isfinite(self.running_norm)
             self.running_norm = 0.95 * self.running_norm + 0.05 * norm if known else norm
         return float(loss), int(n_valid), accepted
+
+    def _call(self, noise, temper, rate, clip):
+        density = []
+        if self.target is not None and self.draw is not None:
+            x, _ = self.draw(*noise)
+            density = [floatX(part) for part in self.target(np.asarray(x))]
+        else:
+            self.evaluations += self.n_draws
+        return self.function(
+            *noise, *density, *(floatX(np.asarray(v)) for v in (temper, rate, clip))
+        )
+
+    def elbo(self, seed: int, n_batches: int = 16) -> float:
+        """ELBO of the present parameters over fresh draws; -inf where most of them are invalid.
+
+        With a rate of zero the step changes nothing but the optimizer's memory, which is put back.
+        """
+        rng = np.random.default_rng(seed)
+        memory = [variable.get_value() for variable in self.updated]
+        losses, counts = np.zeros(n_batches), np.zeros(n_batches)
+        for i in range(n_batches):
+            noise = [floatX(rng.standard_normal(shape)) for shape in self.shapes]
+            loss, n_valid, *_ = self._call(noise, 1.0, 0.0, 1.0)
+            losses[i], counts[i] = loss, n_valid
+        for variable, value in zip(self.updated, memory, strict=True):
+            variable.set_value(value)
+        if counts.sum() < 0.5 * n_batches * self.n_draws or not np.isfinite(losses).all():
+            return -math.inf
+        return -float(np.average(losses, weights=counts))
 
 
 def _adam(gradients, params, rate):
@@ -185,15 +278,21 @@ class Run:
         Why it ended.
     nonfinite_steps, invalid_draws : int
         Steps skipped, and draws left out of the others.
+    roll_backs : int
+        Returns to an earlier state, with a smaller step from there on.
     seconds : float
         Wall time.
+    states : dict of str to list of ndarray
+        Values of the trained parameters, from which the last choice is made.
     """
 
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     stopped: str = ""
     nonfinite_steps: int = 0
     invalid_draws: int = 0
+    roll_backs: int = 0
     seconds: float = 0.0
+    states: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
 def train(
@@ -236,6 +335,7 @@ def train(
     """
     losses = np.full(n_steps, np.nan)
     run = Run(losses, stopped=f"all {n_steps} steps taken")
+    keeper = Keeper(getattr(step, "params", []))
     started = time.perf_counter()
     n_taken = n_failing = 0
     with CustomProgress(
@@ -257,11 +357,27 @@ def train(
                     run.nonfinite_steps += 1
                     n_failing += 1
                     if n_failing == MAX_FAILED_STEPS or n_taken == n_steps == n_failing:
-                        raise FloatingPointError(explain_failure(approx, n_taken, n_failing))
+                        message = (
+                            f"{n_failing} steps in a row were not finite, up to step {n_taken}."
+                        )
+                        raise FloatingPointError(explain_failure(approx, message))
+                    if n_failing % ROLL_BACK_AFTER == 0 and keeper.restore():
+                        schedule.roll_back()
+                        run.roll_backs += 1
                 for callback in callbacks:
                     callback(approx, losses[:n_taken] if score else None, steps_before + n_taken)
                 if progressbar and (n_taken % 20 == 0 or n_taken == n_steps):
                     progress.update(task, completed=n_taken, loss=trend(losses[:n_taken]))
+                if n_taken > schedule.annealing and keeper.diverged(losses[:n_taken]):
+                    keeper.restore()
+                    schedule.roll_back()
+                    run.roll_backs += 1
+                if schedule.settling() or 4 * n_taken > 3 * n_steps:
+                    keeper.average(n_taken)
+                if over := schedule.observe(losses[:n_taken]):
+                    run.stopped = over
+                    progress.update(task, completed=n_steps, loss=trend(losses[:n_taken]))
+                    break
         except KeyboardInterrupt:
             run.stopped = f"interrupted after {n_taken} of {n_steps} steps"
         except StopIteration as stop:
@@ -269,7 +385,74 @@ def train(
         finally:
             run.losses = losses[:n_taken]
             run.seconds = time.perf_counter() - started
+    run.states = keeper.states()
     return run
+
+
+class Keeper:
+    """Earlier and averaged states of a fit, to go back to or to end with.
+
+    Parameters
+    ----------
+    params : sequence of shared variables
+        What is trained.
+    window : int
+        Steps over which a state is judged by its losses.
+    """
+
+    def __init__(self, params: Sequence[Any], window: int = 50) -> None:
+        self.params, self.window = params, window
+        self.first = self.best = self._state()
+        self.best_loss = math.inf
+        self.mean: list[np.ndarray] = []
+        self.n_averaged = 0
+
+    def _state(self):
+        return [np.array(p.get_value(borrow=True)) for p in self.params]
+
+    def restore(self) -> bool:
+        """Go back to the best state; say whether there is one."""
+        for param, value in zip(self.params, self.best, strict=True):
+            param.set_value(value.copy())
+        self.mean, self.n_averaged = [], 0
+        return bool(self.params)
+
+    def diverged(self, losses: np.ndarray) -> bool:
+        """Take note of the last window; whether it is far worse than the best one was."""
+        if losses.size % self.window:
+            return False
+        recent = losses[-self.window :]
+        recent = recent[np.isfinite(recent)]
+        if recent.size < self.window / 2:
+            return False
+        middle = float(np.median(recent))
+        if middle < self.best_loss:
+            self.best_loss, self.best = middle, self._state()
+            return False
+        spread = float(np.subtract(*np.quantile(recent, [0.75, 0.25])))
+        return middle > self.best_loss + max(2.0, 2 * spread)
+
+    def average(self, step: int, every: int = 2) -> None:
+        """Add the present state to the average of the last iterates (Polyak & Juditsky 1992)."""
+        if step % every:
+            return
+        state = self._state()
+        self.n_averaged += 1
+        if not self.mean:
+            self.mean = state
+            return
+        # the last 50 count most: what was added long ago fades
+        share = 1 / min(self.n_averaged, 50)
+        self.mean = [m + share * (s - m) for m, s in zip(self.mean, state, strict=True)]
+
+    def states(self) -> dict[str, list[np.ndarray]]:
+        """States worth judging, by name."""
+        found = {"last": self._state(), "first": self.first}
+        if math.isfinite(self.best_loss):
+            found["best window"] = self.best
+        if self.n_averaged >= ENOUGH_TO_AVERAGE:
+            found["average"] = self.mean
+        return found
 
 
 def trend(losses: np.ndarray, window: int = 200) -> str:
@@ -285,11 +468,8 @@ def trend(losses: np.ndarray, window: int = 200) -> str:
     return f"Loss = {after.mean():,.5g} {arrow}"
 
 
-def explain_failure(
-    approx: FlowApproximation, n_taken: int, n_failed: int, n_draws: int = 32
-) -> str:
+def explain_failure(approx: FlowApproximation, message: str, n_draws: int = 32) -> str:
     """Say which variable's log density or value is not finite, over fresh draws."""
-    message = f"{n_failed} steps in a row were not finite, up to step {n_taken}."
     model = approx.model
     noise, x, _ = approx.draws_and_log_q(n_draws)
     values = value_slices(approx, x)

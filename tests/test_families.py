@@ -15,6 +15,7 @@ from pymc_flows.bijections import (
     Planar,
     Radial,
     Scale,
+    Tails,
 )
 from pymc_flows.families import (
     DEFAULT_FAMILY,
@@ -35,6 +36,8 @@ RECIPES = {
     "householder": [Scale] + [Householder] * 2 + [Scale, Loc],
     "nice": [Coupling] * 2 + [LowerTriangular],
     "realnvp": [Coupling] * 2 + [LowerTriangular],
+    "nsf": [Coupling] * 2 + [LowerTriangular],
+    "flow": [Coupling] * 2 + [LowerTriangular, Tails],
 }
 
 
@@ -69,8 +72,10 @@ def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_affine_may_be_chosen(name):
-    assert kinds(build_flow(name, 3, {"affine": "diagonal"}))[-2:] == [Scale, Loc]
-    assert kinds(build_flow(name, 3, {"affine": "full"}))[-1] is LowerTriangular
+    last = [Tails] if name == "flow" else []
+    diagonal, full = [Scale, Loc, *last], [LowerTriangular, *last]
+    assert kinds(build_flow(name, 3, {"affine": "diagonal"}))[-len(diagonal) :] == diagonal
+    assert kinds(build_flow(name, 3, {"affine": "full"}))[-len(full) :] == full
 
 
 @pytest.mark.parametrize("name", ["planar", "radial", "nice", "realnvp"])
@@ -156,9 +161,9 @@ def test_a_bad_formula_is_marked_where_it_is_bad(formula, marks, says):
             "n_layerz",
             "unknown option n_layerz for family 'planar'; did you mean n_layers",
         ),
-        ("flow", "hiden", "unknown option hiden for family 'realnvp'; did you mean hidden"),
-        ("scale-loc", "n_layers", "for formula 'scale-loc'. It has no options"),
-        (Loc(2), "n_layers", "for a ready bijection. It has no options"),
+        ("flow", "hiden", "unknown option hiden for family 'flow'; did you mean hidden"),
+        ("scale-loc", "n_layers", "for formula 'scale-loc'. Options: noncentering"),
+        (Loc(2), "n_layers", "for a ready bijection. Options: noncentering"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(flow, option, message):

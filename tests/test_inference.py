@@ -16,7 +16,7 @@ from scipy import stats
 from pymc_flows import NFVI, FlowApproximation, FlowGroup, NormalizingFlow, UnknownFlowError
 from pymc_flows.bijections import Loc
 
-TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 4}
+TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 4, "initialize": False}
 
 
 def tiny(model, n=5, **options):
@@ -115,7 +115,9 @@ def test_callbacks_count_on_through_refine(normal, python):
 
     with normal:
         inference = NFVI("scale-loc", random_seed=1)
-        approx = inference.fit(3, obj_n_mc=2, callbacks=[callback], progressbar=False)
+        approx = inference.fit(
+            3, obj_n_mc=2, callbacks=[callback], initialize=False, progressbar=False
+        )
         first = weights(approx)
         inference.refine(2, progressbar=False)
     assert [call[3] for call in calls] == [1, 2, 3, 4, 5]
@@ -156,7 +158,9 @@ def test_pymcs_callbacks_work(normal, python):
         inference = NFVI("scale-loc", random_seed=1)
         tracker = Tracker(mean=inference.approx.mean.eval, i=lambda approx, hist, i: (i, len(hist)))
         converged = CheckParametersConvergence(every=4, tolerance=1e9)
-        inference.fit(10, obj_n_mc=2, callbacks=[tracker, converged], progressbar=False)
+        inference.fit(
+            10, obj_n_mc=2, callbacks=[tracker, converged], initialize=False, progressbar=False
+        )
     assert tracker["i"][:3] == [(1, 1), (2, 2), (3, 3)]
     assert not np.allclose(tracker["mean"][0], tracker["mean"][2])
     assert inference.approx.fit_stats["stopped"] == "Convergence achieved at 4"
@@ -174,7 +178,7 @@ def test_without_score_there_is_no_history(normal, python):
 def test_obj_n_mc_is_the_draws_of_a_step(normal, python):
     with normal:
         inference = NFVI("scale-loc")
-        inference.fit(2, obj_n_mc=7, progressbar=False)
+        inference.fit(2, obj_n_mc=7, initialize=False, progressbar=False)
     assert inference.approx.fit_stats["gradient_evaluations"] == 14
 
 
@@ -308,8 +312,8 @@ def test_a_model_that_is_nan_everywhere_ends_in_an_error_that_names_it(python):
     with pm.Model() as model:
         x = pm.Normal("x")
         pm.Normal("y", pt.log(-pt.exp(x)), 1.0, observed=1.0)
-    with pytest.raises(FloatingPointError, match=r"(?s)50 steps in a row.*log density of 'y': nan"):
-        tiny(model, 60)
+    with pytest.raises(FloatingPointError, match=r"(?s)can't start.*log density of 'y': nan"):
+        tiny(model, 60, initialize=True)
 
 
 def test_draws_left_out_are_said_aloud(python):
@@ -381,7 +385,7 @@ def test_eight_schools_with_no_arguments_are_good(schools_fit, schools_draws):
     gaps = (schools_draws.sample_stats["log_p"] - schools_draws.sample_stats["log_q"]).values
     elbo, error = gaps.mean(), gaps.std() / gaps.size**0.5
     assert -31.31 - 0.08 < elbo < -31.31 + 3 * error
-    assert_allclose(-schools_fit.hist[-500:].mean(), elbo, atol=0.05)
+    assert_allclose(-schools_fit.hist[-100:].mean(), elbo, atol=0.05)
     posterior = schools_draws.posterior
     assert_allclose(posterior["mu"].mean(), 4.4, atol=0.4)
     assert_allclose(posterior["tau"].mean(), 3.6, atol=0.6)
@@ -389,4 +393,5 @@ def test_eight_schools_with_no_arguments_are_good(schools_fit, schools_draws):
         posterior["theta"], posterior["mu"] + posterior["tau"] * posterior["eta"], rtol=1e-10
     )
     assert list(posterior["school"].values) == list("ABCDEFGH")
-    assert schools_fit.fit_stats["steps"] == 5000
+    assert schools_fit.fit_stats["steps"] < 5000
+    assert elbo > schools_fit.fit_stats["start_elbo"]

@@ -12,7 +12,7 @@ from scipy import stats
 
 import pymc_flows as pmf
 from pymc_flows import FlowApproximation, NormalizingFlow
-from pymc_flows.objective import build_objective
+from pymc_flows.objective import Target, build_objective
 
 N_DRAWS = 3
 
@@ -119,9 +119,9 @@ def noise_for(approx, n_draws=N_DRAWS, seed=2):
     return [rng.normal(size=(n_draws, group.ddim)) for group in approx.groups]
 
 
-def compiled(approx, mode, n_draws=N_DRAWS, **options):
+def compiled(approx, mode, n_draws=N_DRAWS, gradient="reparameterization", **options):
     """Noise to loss, number of valid draws, and one flat gradient."""
-    objective = build_objective(approx, n_draws, **options)
+    objective = build_objective(approx, n_draws, gradient=gradient, **options)
     function = pytensor.function(
         [*objective.noise, objective.temper],
         [objective.loss, objective.n_valid, *objective.gradients],
@@ -209,6 +209,72 @@ def test_the_loss_is_pymcs_for_groups(vfams, python):
     approx = perturb(groups_of(build(plain), *vfams))
     assert len(approx.groups) == len(vfams)
     check_against_pymc_and_differences(approx, python)
+
+
+def gaussian(loc, scale):
+    with pm.Model() as model:
+        pm.Normal("x", loc, scale, shape=2)
+    return model
+
+
+@pytest.mark.parametrize("flow", ["scale-loc", "mean_field", "full_rank"])
+def test_stl_has_no_noise_at_the_posterior(flow, python):
+    approx = groups_of(gaussian(0.0, 1.0), flow)
+    for shared in approx.params:
+        value = shared.get_value()
+        if shared.name == "rho":
+            value = np.full_like(value, np.log(np.expm1(1.0)))
+        if shared.name == "L_tril":
+            value = np.array([1.0, 0.0, 1.0]) * np.log(np.expm1(1.0))
+        shared.set_value(value)
+    noise = noise_for(approx)
+    assert_allclose(compiled(approx, python, gradient="stl")(noise)[2], 0, atol=1e-12)
+    assert np.abs(compiled(approx, python)(noise)[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("flow", ["realnvp", "nsf", "planar*2-scale-loc", "radial*2", "flow"])
+def test_stl_is_the_reparametrization_gradient_on_average(flow, python):
+    approx = perturb(NormalizingFlow(flow, model=build(plain), random_seed=1), 0.1)
+    evaluate = [compiled(approx, python, 256, gradient=g) for g in ("stl", "reparameterization")]
+    found = []
+    for seed in range(40):
+        noise = noise_for(approx, 256, seed)
+        stl, plain_ = (e(noise) for e in evaluate)
+        assert_allclose(stl[0], plain_[0], rtol=1e-10)
+        found.append(stl[2] - plain_[2])
+    found = np.array(found)
+    error = found.std(axis=0, ddof=1) / 40**0.5
+    assert (np.abs(found.mean(axis=0)) < 5 * error + 1e-10).all()
+
+
+def test_dreg_of_one_draw_is_stl_and_its_loss_the_weighted_bound(python):
+    approx = perturb(NormalizingFlow("planar*2-scale-loc", model=build(plain), random_seed=1))
+    noise = noise_for(approx, 1)
+    one, stl = (compiled(approx, python, 1, gradient=g)(noise) for g in ("dreg", "stl"))
+    assert_allclose(one[0], stl[0])
+    assert_allclose(one[2], stl[2])
+    noise = noise_for(approx, 4)
+    bound = compiled(approx, python, 4, gradient="dreg")(noise)[0]
+    losses = [compiled(approx, python, 1)([noise[0][i : i + 1]])[0] for i in range(4)]
+    assert_allclose(bound, -(np.logaddexp.reduce(-np.array(losses)) - np.log(4)))
+
+
+def test_a_split_objective_is_the_whole_one(python):
+    approx = perturb(NormalizingFlow("realnvp", model=build(plain), random_seed=1))
+    noise = noise_for(approx)
+    whole = compiled(approx, python, gradient="stl")(noise)
+    objective = build_objective(approx, N_DRAWS, split=True)
+    target = Target(approx, N_DRAWS, compile_kwargs={"mode": python})
+    x = pytensor.function(objective.noise, objective.x, mode=python)(*noise)
+    function = pytensor.function(
+        [*objective.noise, *objective.density, objective.temper],
+        [objective.loss, *objective.gradients],
+        mode=python,
+    )
+    loss, gradient = function(*noise, *target(x), 1.0)
+    assert_allclose(loss, whole[0])
+    assert_allclose(gradient, whole[2])
+    assert target.evaluations == N_DRAWS
 
 
 def test_temper_flattens_the_posterior(python):
@@ -315,7 +381,7 @@ def test_parameters_of_the_model_can_be_trained_too(python):
     with pm.Model() as model:
         pm.Normal("y", pm.Normal("x"), scale, observed=2.0)
     approx = NormalizingFlow("loc", model=model, start={"x": 0.4})
-    objective = build_objective(approx, 2, more_params=[scale])
+    objective = build_objective(approx, 2, more_params=[scale], gradient="reparameterization")
     assert objective.params == [*approx.params, scale]
     z = np.array([[0.3], [-0.8]])
     inputs = [*objective.noise, objective.temper]

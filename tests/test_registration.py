@@ -82,7 +82,7 @@ def test_seed_start_options_and_model_reach_the_flow(normal, fits):
     }
     group = pm.fit(**arguments).groups[0]
     assert group.flow_options == {"n_layers": 3, "affine": "diagonal"}
-    assert group.bijection.layers[-1].center[group.ordering["b_log__"][1]] == (np.log(2.0),)
+    assert group.bijection.layers[-1].loc[group.ordering["b_log__"][1]] == (np.log(2.0),)
     weights = group.params[0].get_value()
     assert_array_equal(weights, pm.fit(**arguments).groups[0].params[0].get_value())
     other = pm.fit(**{**arguments, "random_seed": 5}).groups[0].params[0].get_value()

@@ -2,15 +2,15 @@
 
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
-from pymc_flows.bijections.elementwise import Center, Loc, Scale
-from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation
+from pymc_flows.bijections.elementwise import Loc, Scale, Tails
+from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
 from pymc_flows.bijections.planar import Planar, Radial
+from pymc_flows.bijections.spline import RationalQuadratic
 
 __all__ = [
     "Additive",
     "Affine",
     "Bijection",
-    "Center",
     "Chain",
     "Coupling",
     "Householder",
@@ -20,7 +20,10 @@ __all__ = [
     "Permutation",
     "Planar",
     "Radial",
+    "RationalQuadratic",
     "Scale",
+    "Tails",
     "Transformer",
+    "Whitening",
     "flatten",
 ]

@@ -6,7 +6,7 @@ import abc
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytensor
@@ -17,6 +17,7 @@ from pytensor.tensor.variable import TensorVariable
 Weights = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Mapped = tuple[TensorVariable, TensorVariable]
+Carried = tuple[TensorVariable, TensorVariable, TensorVariable]
 
 
 class Params(Mapping[str, TensorVariable]):
@@ -96,6 +97,35 @@ class Bijection(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no closed-form inverse")
 
+    def carry_score(self, z: TensorVariable, score: TensorVariable, params: Params) -> Carried:
+        """Map z to x, and the gradient of the log density along with it.
+
+        With J the Jacobian, the score of x is ``J⁻ᵀ (score - ∂ log|det J| / ∂z)`` (Vaitl 2024,
+        arXiv:2403.15881, eq. 9). Here it goes through the inverse; maps without one write it down.
+
+        Parameters
+        ----------
+        z : TensorVariable
+            (draws, dim).
+        score : TensorVariable
+            (draws, dim), gradient in z of the log density of z.
+        params : Params
+            The weights.
+
+        Returns
+        -------
+        x, log_det
+            As :meth:`forward` gives them.
+        score : TensorVariable
+            (draws, dim), gradient in x of the log density of x.
+        """
+        x, log_det = self.forward(z, params)
+        back, log_det_back = self.inverse(x, params)
+        carried: Any = pt.grad(
+            (score * back).sum() + log_det_back.sum(), x, consider_constant=[score]
+        )
+        return x, log_det, carried
+
     @functools.cached_property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each weight, in the order in which they lie in the flat vector."""
@@ -144,40 +174,45 @@ class Chain(Bijection):
 
     def forward(self, z, params):
         """Apply the layers in order; log-dets add."""
-        log_det = pt.zeros_like(z[:, 0])
-        for layer, own in zip(self.layers, self._split(params), strict=True):
-            z, layer_log_det = self._apply(layer, "forward", z, own)
-            log_det = log_det + layer_log_det
-        return z, log_det
+        return self._run("forward", self._split(params), z)
+
+    def carry_score(self, z, score, params):
+        """Apply the layers in order, each to the score that the one before left."""
+        return self._run("carry_score", self._split(params), z, score)
 
     def inverse(self, x, params):
         """Undo the layers, last first; log-dets add."""
-        log_det = pt.zeros_like(x[:, 0])
-        for layer, own in reversed(list(zip(self.layers, self._split(params), strict=True))):
-            x, layer_log_det = self._apply(layer, "inverse", x, own)
-            log_det = log_det + layer_log_det
-        return x, log_det
+        return self._run("inverse", reversed(list(self._split(params))), x)
 
     def _split(self, params):
         start = 0
         for layer in self.layers:
             end = start + layer.n_weights
-            yield Params(params.flat[start:end], layer.weight_shapes)
+            yield layer, params.flat[start:end]
             start = end
 
-    def _apply(self, layer, direction, x, params):
+    def _run(self, method, steps, x, *more):
+        """Apply a method of each layer in turn to (x, *more); log-dets add."""
+        log_det = pt.zeros_like(x[:, 0])
+        for layer, flat in steps:
+            x, own, *more = self._apply(layer, method, flat, x, *more)
+            log_det = log_det + own
+        return x, log_det, *more
+
+    def _apply(self, layer, method, flat, *inputs):
         if layer.n_weights and self.layers.count(layer) > 1:
-            kernel = _kernel(layer, direction, x.type, params.flat.type, pytensor.config.floatX)
-            return kernel(x, params.flat)
-        return getattr(layer, direction)(x, params)
+            types = tuple(v.type for v in inputs)
+            kernel = _kernel(layer, method, types, flat.type, pytensor.config.floatX)
+            return kernel(*inputs, flat)
+        return getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes))
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(layer, direction, x_type, flat_type, float_type):
+def _kernel(layer, method, types, flat_type, float_type):
     """One Op for all equal layers of a chain, so that each is rewritten and compiled only once.
 
     The type of PyTensor's own floats belongs to the key, for constants in the graph have it.
     """
-    x, flat = x_type(), flat_type()
-    mapped = getattr(layer, direction)(x, Params(flat, layer.weight_shapes))
-    return OpFromGraph([x, flat], list(mapped))
+    inputs, flat = [type_() for type_ in types], flat_type()
+    mapped = getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes))
+    return OpFromGraph([*inputs, flat], list(mapped))

@@ -28,6 +28,11 @@ class Transformer(abc.ABC):
     def inverse(self, x, raw):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
 
+    def slope_and_bend(self, z, raw):
+        """``dx/dz`` and ``d log|dx/dz| / dz`` of each element, (draws, dim)."""
+        x, log_det = self.forward(z, raw)
+        return pt.grad(x.sum(), z), pt.grad(log_det.sum(), z)
+
 
 @dataclass(frozen=True)
 class Additive(Transformer):
@@ -42,6 +47,10 @@ class Additive(Transformer):
     def inverse(self, x, raw):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| = 0 (draws,)."""
         return x - raw[:, 0], pt.zeros_like(x[:, 0])
+
+    def slope_and_bend(self, z, raw):
+        """Return 1 and 0."""
+        return pt.ones_like(z), pt.zeros_like(z)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,10 @@ class Affine(Transformer):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         log_scale = self._log_scale(raw[:, 1])
         return (x - raw[:, 0]) * pt.exp(-log_scale), -log_scale.sum(axis=1)
+
+    def slope_and_bend(self, z, raw):
+        """``exp(s)`` and 0."""
+        return pt.exp(self._log_scale(raw[:, 1])), pt.zeros_like(z)
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,24 @@ class Coupling(Bijection):
             z[:, n_kept:], self._conditioner(kept, params, z)
         )
         return _side_by_side(transformed, kept, z), log_det
+
+    def carry_score(self, z, score, params):
+        """Map z to x; the score of the transformed half first, then that of the other."""
+        n_kept = self.dim // 2
+        kept, moving = z[:, :n_kept], z[:, n_kept:]
+        raw = self._conditioner(kept, params, z)
+        transformed, log_det = self.transformer.forward(moving, raw)
+        slope, bend = self.transformer.slope_and_bend(moving, raw)
+        score_moved = (score[:, n_kept:] - bend) / slope
+        score_kept = score[:, :n_kept]
+        if n_kept:
+            cost = (score_moved * transformed).sum() + log_det.sum()
+            score_kept -= pt.grad(cost, kept, consider_constant=[score_moved])
+        return (
+            _side_by_side(transformed, kept, z),
+            log_det,
+            _side_by_side(score_moved, score_kept, z),
+        )
 
     def inverse(self, x, params):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""

@@ -30,12 +30,26 @@ class Planar(Bijection):
 
     def forward(self, z, params):
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        u_hat, h, det = self._bend(z, params)
+        return z + h[:, None] * u_hat, pt.log(det)
+
+    def _bend(self, z, params):
+        """û (dim,), tanh (draws,) and the determinant (draws,)."""
         w, wu = params["w"], pt.dot(params["w"], params["u"])
         steepness = pt.softplus(wu)  # 1 + w·û: positive, so x stays invertible in z
         u_hat = params["u"] + (steepness - 1 - wu) * w / pt.dot(w, w)
         h = pt.tanh(z @ w + params["b"])
         # 1 + (1 - h²) w·û, as a sum of positive terms: as w·û nears -1 nothing cancels
-        return z + h[:, None] * u_hat, pt.log(h**2 + (1 - h**2) * steepness)
+        return u_hat, h, h**2 + (1 - h**2) * steepness
+
+    def carry_score(self, z, score, params):
+        """Map z to x; the score by the Sherman-Morrison formula (Vaitl 2024, arXiv:2403.15881)."""
+        u_hat, h, det = self._bend(z, params)
+        w, slope = params["w"], 1 - h**2
+        # along w: d log det / dz = (2 h slope (1 - steepness) / det) w, and 1 - steepness = -w·û
+        score = score + ((2 * h * slope * pt.dot(w, u_hat)) / det)[:, None] * w
+        score = score - (slope * (score @ u_hat) / det)[:, None] * w
+        return z + h[:, None] * u_hat, pt.log(det), score
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,438 @@
+"""Where a fit starts: modes, curvature, and the Gaussian around which a flow is trained.
+
+Everything here asks only for the log density and its gradient at batches of points, so that one
+compiled function serves the whole start.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+FULL_MAX_DIM = 300
+N_CLIMBERS = 8
+MEMORY = 20
+# above it, what is done in every dimension is done more sparingly
+CHEAP_MAX_DIM = 50
+ENOUGH_VALID = 0.995
+STEP_LENGTHS = np.array([1.0, 0.3, 3.0, 0.1, 0.03, 0.01, 1e-3, 1e-5])
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian on the unconstrained space, and how well it fits.
+
+    Attributes
+    ----------
+    loc : ndarray
+        (dim,).
+    factor : ndarray
+        (dim, dim), lower triangular, with the covariance as its square; or (dim,), the scales.
+    elbo, elbo_se : float
+        Evidence lower bound and its Monte Carlo standard error, in nats.
+    """
+
+    loc: np.ndarray
+    factor: np.ndarray
+    elbo: float = -np.inf
+    elbo_se: float = np.inf
+
+    def draws(self, z: np.ndarray) -> np.ndarray:
+        """Map standard normal z (draws, dim) to draws."""
+        return self.loc + (z * self.factor if self.factor.ndim == 1 else z @ self.factor.T)
+
+    def whiten(self, x: np.ndarray) -> np.ndarray:
+        """Map draws to standard normal z (draws, dim)."""
+        away = x - self.loc
+        if self.factor.ndim == 1:
+            return away / self.factor
+        from scipy.linalg import solve_triangular  # slow to import
+
+        return solve_triangular(self.factor, away.T, lower=True).T
+
+    def pull(self, score: np.ndarray) -> np.ndarray:
+        """Turn a score by x into one by z."""
+        return score * self.factor if self.factor.ndim == 1 else score @ self.factor
+
+    def log_density(self, z: np.ndarray) -> np.ndarray:
+        """Log density (draws,) of the draws made from z."""
+        diagonal = self.factor if self.factor.ndim == 1 else np.diagonal(self.factor)
+        constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + np.log(diagonal).sum()
+        return -0.5 * (z**2).sum(axis=1) - constant
+
+    def block(self, here: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Location and factor of the marginal of some of the dimensions."""
+        if self.factor.ndim == 1 or self.factor[here].shape == self.factor.shape:
+            return self.loc[here], self.factor[here]
+        return self.loc[here], _root(self.factor[here] @ self.factor[here].T)
+
+    def moved(self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray | None):
+        """Go on to mean ``shift`` and covariance ``vectors diag(values) vectors'`` in z."""
+        loc = self.draws(shift[None])[0]
+        if vectors is None:
+            return Gaussian(loc, self.factor * np.sqrt(values))
+        factor = np.diag(self.factor) if self.factor.ndim == 1 else self.factor
+        root = factor @ (vectors * np.sqrt(values))
+        upper = np.linalg.qr(root.T, mode="r")
+        return Gaussian(loc, upper.T * np.sign(np.diagonal(upper)))
+
+
+@dataclass
+class Start:
+    """What was found.
+
+    Attributes
+    ----------
+    gaussian : Gaussian
+        The best.
+    modes : ndarray
+        (modes, dim), where climbs from several points ended, apart from each other.
+    path : list of str
+        What was done, for the record.
+    """
+
+    gaussian: Gaussian
+    modes: np.ndarray
+    path: list[str] = field(default_factory=list)
+
+
+class NoStartError(ValueError):
+    """No point with a finite log density and gradient was found."""
+
+
+def find_start(target: Density, initial: np.ndarray, rng: np.random.Generator) -> Start:
+    """Find a Gaussian near a posterior.
+
+    Several climbs (L-BFGS, Nocedal & Wright 2006, algorithm 7.4) look for modes; a damped Newton
+    method on the Hessian polishes the best; points along its path, each with its curvature, are
+    judged by their ELBO (as Zhang et al. 2022, arXiv:2108.03782, do), for a mode is not always
+    where the mass is; last, the best is moved to where mean gradient and mean curvature over its
+    own draws are a Gaussian's, which is where the ELBO is stationary (Opper & Archambeau 2009).
+
+    Parameters
+    ----------
+    target : callable
+        Unconstrained points (points, dim) to log densities (points,) and scores (points, dim).
+    initial : ndarray
+        (dim,), where the search begins.
+    rng : Generator
+        Of the further points where it begins.
+
+    Raises
+    ------
+    NoStartError
+        If no starting point has a finite log density and gradient.
+    """
+    points, log_p, score = _first_points(target, initial, rng)
+    climb = _Climb(target, points, log_p, score)
+    climb.run()
+    # every end, and points along two paths: the highest end may be a spike without mass
+    places = {(k, len(climb.history[k]) - 1) for k in range(N_CLIMBERS)}
+    places |= {(k, when) for k in climb.highest(2) for when in climb.checkpoints(k)}
+    noise = balanced_noise(rng, 32, initial.size)
+    found = [judge(target, climb.gaussian(k, when), noise) for k, when in sorted(places)]
+    found.sort(key=lambda g: -g.elbo)
+    if initial.size <= FULL_MAX_DIM:
+        found += [judge(target, polish(target, g), noise) for g in found[:2]]
+        found.sort(key=lambda g: -g.elbo)
+    n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
+    settled = [settle(target, g, rng) for g in found[:n_settled]]
+    fresh = balanced_noise(rng, 256, initial.size)
+    gaussian = max((judge(target, g, fresh) for g in [*settled, found[0]]), key=lambda g: g.elbo)
+    return Start(gaussian, climb.modes(gaussian))
+
+
+def balanced_noise(rng: np.random.Generator, n_draws: int, dim: int) -> np.ndarray:
+    """Standard normal noise (draws, dim), each draw with its mirror image."""
+    half = rng.standard_normal(((n_draws + 1) // 2, dim))
+    return np.concatenate([half, -half])[:n_draws]
+
+
+def judge(target: Density, gaussian: Gaussian, noise: np.ndarray) -> Gaussian:
+    """Put an ELBO, from given noise, on a Gaussian; -inf where draws are invalid."""
+    log_p, score = target(gaussian.draws(noise))
+    valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
+    if not valid.all():
+        return replace(gaussian, elbo=-np.inf)
+    terms = (log_p - gaussian.log_density(noise))[valid]
+    return replace(gaussian, elbo=terms.mean(), elbo_se=terms.std() / terms.size**0.5)
+
+
+def fits(
+    target: Density, gaussian: Gaussian, rng: np.random.Generator, n_draws: int = 2048
+) -> bool:
+    """Whether importance weights leave a Gaussian's means and standard deviations as they are.
+
+    They may move a mean by 5% of its standard deviation and a variance by 10%, beyond one
+    standard error of the move; half as much again at most, with an effective sample size above half.
+    """
+    noise = balanced_noise(rng, n_draws, gaussian.loc.size)
+    log_p, _ = target(gaussian.draws(noise))
+    if not np.isfinite(log_p).all():
+        return False
+    log_weights = log_p - gaussian.log_density(noise)
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    if 1 / (weights**2).sum() < 0.5 * n_draws:
+        return False
+    change = weights - 1 / n_draws
+    for moments, limit in ((noise, 0.05), (noise**2 - 1, 0.1)):
+        moved = np.abs(change @ moments)
+        error = np.sqrt((change**2) @ moments**2)
+        if (moved - error).max() > limit or moved.max() > 1.5 * limit:
+            return False
+    return True
+
+
+def _first_points(target, initial, rng):
+    """Points to climb from: the initial one, and others about it as far as they are valid."""
+    points = np.repeat(initial[None], N_CLIMBERS, axis=0)
+    points[1:] += rng.uniform(-2, 2, size=points[1:].shape)
+    log_p, score = target(points)
+    for spread in (1.0, 0.5, 0.2, 0.05, 5.0, 20.0):
+        invalid = ~(np.isfinite(log_p) & np.isfinite(score).all(axis=1))
+        if not invalid.any():
+            break
+        retry = points[invalid]
+        moved = initial + spread * rng.uniform(-1, 1, size=retry.shape)
+        points[invalid] = moved
+        log_p[invalid], score[invalid] = target(moved)
+    valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
+    if not valid.any():
+        raise NoStartError("no starting point has a finite log density and gradient")
+    keep = np.flatnonzero(valid)
+    keep = np.resize(keep, N_CLIMBERS)
+    return points[keep], log_p[keep], score[keep]
+
+
+class _Climb:
+    """L-BFGS from several points in step, each trying several step lengths at once."""
+
+    def __init__(self, target, points, log_p, score):
+        self.target = target
+        self.x, self.log_p, self.score = points.copy(), log_p.copy(), score.copy()
+        self.pairs = [[] for _ in points]
+        self.history = [[] for _ in points]
+        self.active = np.ones(len(points), dtype=bool)
+        self.stuck = np.zeros(len(points), dtype=int)
+
+    def run(self, n_iterations=100):
+        for i in range(n_iterations):
+            for k in np.flatnonzero(self.active):
+                self.history[k].append((self.x[k].copy(), self.log_p[k], len(self.pairs[k])))
+            if not self.active.any():
+                break
+            self._step(first=i == 0)
+
+    def _step(self, first):
+        who = np.flatnonzero(self.active)
+        directions, lengths = [], []
+        for k in who:
+            fresh = not self.pairs[k]
+            direction = _quasi_newton(self.score[k], self.pairs[k])
+            if fresh:
+                direction = direction / max(np.linalg.norm(direction), 1e-300)
+            directions.append(direction)
+            wide = np.geomspace(1e-6, 1e2, STEP_LENGTHS.size)
+            lengths.append(wide if fresh else STEP_LENGTHS)
+        directions, lengths = np.array(directions), np.array(lengths)
+        tried = self.x[who, None] + lengths[..., None] * directions[:, None]
+        log_p, score = self.target(tried.reshape(-1, tried.shape[-1]))
+        log_p, score = log_p.reshape(lengths.shape), score.reshape(tried.shape)
+        usable = np.isfinite(log_p) & np.isfinite(score).all(axis=2)
+        log_p = np.where(usable, log_p, -np.inf)
+        for row, k in enumerate(who):
+            j = int(np.argmax(log_p[row]))
+            gain = log_p[row, j] - self.log_p[k]
+            if not gain > 0:
+                # what was remembered may mislead: once more without it, then it is the end
+                self.stuck[k] += 1
+                self.pairs[k] = []
+                self.active[k] = self.stuck[k] < 2
+                continue
+            moved, turned = tried[row, j] - self.x[k], self.score[k] - score[row, j]
+            along = moved @ turned
+            if along > 1e-10 * np.linalg.norm(moved) * np.linalg.norm(turned):
+                self.pairs[k] = [*self.pairs[k], (moved, turned)][-MEMORY:]
+            self.x[k], self.log_p[k], self.score[k] = tried[row, j], log_p[row, j], score[row, j]
+            self.stuck[k] = 0
+            slow = gain < 1e-4 and len(self.history[k]) > 5
+            runaway = np.abs(self.x[k]).max() > 1e9
+            self.active[k] = not (slow or runaway)
+
+    def highest(self, n):
+        """The climbs that ended highest."""
+        return [int(k) for k in np.argsort(-self.log_p)[:n]]
+
+    def checkpoints(self, k):
+        """Iterations of a climb that are worth judging: a few on the way, and the last."""
+        n = len(self.history[k])
+        return sorted({0, n // 8, n // 4, n // 2, (3 * n) // 4, n - 1})
+
+    def gaussian(self, k, when):
+        """The point of an iteration, with the curvature that the climb knew there."""
+        x = self.history[k][when][0]
+        pairs = []
+        path = [point for point, *_ in self.history[k][: when + 1]]
+        path += [self.x[k]] if when == len(self.history[k]) - 1 else []
+        x = path[-1]
+        pairs = self.pairs[k] if when == len(self.history[k]) - 1 else self._pairs_until(k, path)
+        if x.size > FULL_MAX_DIM:
+            return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
+        inverse = np.array([_quasi_newton(row, pairs) for row in np.eye(x.size)])
+        return Gaussian(x, _root(inverse))
+
+    def _pairs_until(self, k, path):
+        kept = []
+        for moved, turned in self.pairs[k]:
+            if any(np.array_equal(moved, b - a) for a, b in itertools.pairwise(path)):
+                kept.append((moved, turned))
+        return kept
+
+    def modes(self, gaussian):
+        """Ends of climbs that are no lower than the best by much, and apart in its units."""
+        order = np.argsort(-self.log_p)
+        found = [self.x[order[0]]]
+        for k in order[1:]:
+            if self.log_p[k] < self.log_p[order[0]] - 5:
+                break
+            apart = [
+                np.linalg.norm(gaussian.whiten((self.x[k] - m + gaussian.loc)[None])) for m in found
+            ]
+            if min(apart) > 3 * gaussian.loc.size**0.5:
+                found.append(self.x[k])
+        return np.array(found)
+
+
+def _quasi_newton(score, pairs):
+    """Inverse Hessian of -log p, as the pairs have it, times a score (two-loop recursion)."""
+    step, alphas = score.copy(), []
+    for moved, turned in reversed(pairs):
+        alpha = moved @ step / (moved @ turned)
+        step -= alpha * turned
+        alphas.append(alpha)
+    if pairs:
+        moved, turned = pairs[-1]
+        step *= moved @ turned / (turned @ turned)
+    for (moved, turned), alpha in zip(pairs, reversed(alphas), strict=True):
+        step += (alpha - turned @ step / (moved @ turned)) * moved
+    return step
+
+
+def _inverse_diagonal(pairs, dim):
+    """Diagonal of the inverse Hessian, in the form of Gilbert & Lemaréchal 1989 (as Pathfinder)."""
+    alpha = np.ones(dim)
+    for moved, turned in pairs:
+        a, b, c = turned @ (alpha * turned), turned @ moved, moved @ (moved / alpha)
+        alpha = 1 / (a / (b * alpha) + turned**2 / b - (a * moved**2) / (b * c * alpha**2))
+    return np.clip(alpha, 1e-12, 1e12)
+
+
+def _root(covariance):
+    """Lower-triangular root of a symmetric matrix, its eigenvalues made positive."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    values = np.maximum(np.abs(values), 1e-14 * np.abs(values).max() + 1e-300)
+    upper = np.linalg.qr((vectors * np.sqrt(values)).T, mode="r")
+    return upper.T * np.sign(np.diagonal(upper))
+
+
+def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gaussian:
+    """Climb to the mode by damped Newton steps on a Hessian from differences of the score.
+
+    Differences are taken in units of the present Gaussian, whose factor follows the Hessian: so
+    badly scaled posteriors come out well scaled after a step or two.
+    """
+    dim = gaussian.loc.size
+    for _ in range(n_iterations):
+        here = gaussian
+        size = 1e-3
+        both = np.concatenate([size * np.eye(dim), -size * np.eye(dim), np.zeros((1, dim))])
+        log_p, score = target(here.draws(both))
+        score = here.pull(score)
+        if not (np.isfinite(score).all() and np.isfinite(log_p[-1])):
+            return gaussian
+        precision = -(score[:dim] - score[dim:-1]) / (2 * size)
+        values, vectors = np.linalg.eigh((precision + precision.T) / 2)
+        # a direction that curves upwards or hardly at all is taken no further than 100 times as wide
+        values = np.maximum(np.abs(values), 1e-4)
+        newton = vectors @ ((vectors.T @ score[-1]) / values)
+        lengths = np.array([0.0, 1.0, 0.5, 0.1, 0.01, 1e-3])
+        tried, _ = target(here.draws(lengths[:, None] * newton))
+        tried = np.where(np.isfinite(tried), tried, -np.inf)
+        j = int(np.argmax(tried))
+        gaussian = here.moved(lengths[j] * newton, 1 / values, vectors)
+        if not np.isfinite(gaussian.factor).all():
+            return here
+        if tried[j] - tried[0] < 1e-4 and np.abs(values - 1).max() < 0.1:
+            break
+    return gaussian
+
+
+def settle(
+    target: Density, gaussian: Gaussian, rng: np.random.Generator, n_iterations: int = 100
+) -> Gaussian:
+    """Maximise a Gaussian's ELBO by natural-gradient steps.
+
+    In units of the present Gaussian, its draws' scores are regressed on their noise: intercept
+    and slope are the mean gradient and, by Stein's lemma, the mean Hessian, without any noise where
+    the posterior is Gaussian. A damped Newton step on them is a natural-gradient step on the ELBO
+    (Khan & Rue 2023, arXiv:2107.04562, eq. 12).
+    """
+    dim = gaussian.loc.size
+    n_draws = 64 * int(np.ceil(max(64, 3 * dim) / 64))
+    best, waited, damping, grown = gaussian, 0, 1.0, False
+    for _ in range(n_iterations):
+        noise = balanced_noise(rng, n_draws, dim)
+        log_p, score = target(gaussian.draws(noise))
+        valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
+        if valid.mean() < 0.5:
+            # too wide: half of it, about the best
+            gaussian = replace(best, factor=best.factor * 0.5 ** (waited + 1))
+            waited += 1
+            if waited > 4:
+                break
+            continue
+        noise, score = noise[valid], gaussian.pull(score[valid])
+        terms = log_p[valid] - gaussian.log_density(noise)
+        elbo, se = terms.mean(), terms.std() / terms.size**0.5
+        if valid.mean() < ENOUGH_VALID:
+            elbo = -np.inf  # without the worst draws it would be no bound
+        gaussian = replace(gaussian, elbo=elbo, elbo_se=se)
+        if elbo > best.elbo + 0.1 * se or best.elbo == -np.inf:
+            best, waited = gaussian, 0
+        else:
+            waited += 1
+            if elbo < best.elbo - max(1.0, 3 * se):
+                gaussian, damping = best, damping / 2
+            if waited >= 3 and grown:
+                break
+            if waited >= 2 and not grown:
+                # what is left is the noise of the draws themselves: go on with more of them
+                more = 4 if dim <= CHEAP_MAX_DIM else 1
+                n_draws, grown, waited, damping = more * n_draws, True, 0, 0.5
+                best = replace(best, elbo=-np.inf)
+        shift, values, vectors = _newton(noise, score)
+        blended = (1 - damping) + damping * np.clip(values, 0.1, 10.0)
+        step = damping * (shift if vectors is None else vectors.T @ shift) / blended
+        step *= min(1.0, 2 * dim**0.5 / max(np.linalg.norm(step), 1e-300))
+        step = step if vectors is None else vectors @ step
+        gaussian = gaussian.moved(step, 1 / blended, vectors)
+    return best
+
+
+def _newton(noise, score):
+    """Mean gradient, and eigenvalues and -vectors of minus the mean Hessian; a diagonal if cramped."""
+    n_draws, dim = noise.shape
+    if n_draws < 2 * dim or dim > FULL_MAX_DIM:
+        slope = -(noise * score).mean(axis=0) / (noise**2).mean(axis=0)
+        return (score + slope * noise).mean(axis=0), slope, None
+    design = np.column_stack([np.ones(n_draws), noise])
+    coefficients = np.linalg.lstsq(design, score, rcond=None)[0]
+    slope = -coefficients[1:]
+    values, vectors = np.linalg.eigh((slope + slope.T) / 2)
+    return coefficients[0], values, vectors
