@@ -50,7 +50,7 @@ def fits(model: pm.Model, seed: int, backend: str | None) -> tuple[dict, dict[st
     methods = {
         "mean-field ADVI": lambda: pm.fit(method="advi", random_seed=seed, backend=backend),
         "full-rank ADVI": lambda: pm.fit(method="fullrank_advi", random_seed=seed, backend=backend),
-        "RealNVP": lambda: pm.fit(method="realnvp", random_seed=seed, backend=backend),
+        "flow": lambda: pm.fit(method="flow", random_seed=seed, backend=backend),
         "NUTS": lambda: pm.sample(random_seed=seed, chains=4, cores=2),
     }
     results, seconds = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pymc_flows.bijections import Bijection
 from pymc_flows.families import FAMILIES, affine_map, canonical, nearest
 from pymc_flows.initialization import NoStartError, Start, find_start, fits
 from pymc_flows.log_density import has_minibatch
-from pymc_flows.objective import Pulled, Target, build_objective
+from pymc_flows.objective import GRADIENTS, Pulled, Target, build_objective
 from pymc_flows.training import Run, Schedule, Step, explain_failure, settle, train
 
 DEFAULT_STEPS = 5000
@@ -88,6 +89,7 @@ class NFVI(Inference):
         super().__init__(KL, approx, None)
         self.hist = approx.hist
         self._step: Step | None = None
+        self._compile: Callable[[], None] | None = None
         self._target: Target | None = None
         self._start: Start | None = None
         self._fit_options: dict[str, Any] = {}
@@ -177,6 +179,8 @@ class NFVI(Inference):
             raise ValueError(f"n must be at least 0, got {n}")
         if annealing < 0:
             raise ValueError(f"annealing must be at least 0, got {annealing}")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
         if n_draws < 1:
             raise ValueError(f"obj_n_mc must be at least 1, got {n_draws}")
         self.approx.backend = backend
@@ -236,29 +240,38 @@ class NFVI(Inference):
                     backend=options["backend"],
                     compile_kwargs=options["compile_kwargs"],
                 )
-        self._target, self._start = target, None
+        self._target, self._start, good = target, None, False
         if target is not None and initialize:
             with _timed(seconds, "start"):
                 good = self._initialize(target, options)
-            if good and options["optimizer"] is None:
-                self._record(Run(stopped="the affine map fits: its importance weights are even"))
-                return
-        with approx.model, _timed(seconds, "compile"):
-            # a model that JAX can't compile must not take the flow with it
-            split = target is not None and target.fell_back
-            objective = build_objective(approx, n_draws, gradient=gradient, split=split, **density)
-            seed = int(approx.rng.randint(2**30))
-            self._step = Step(approx, objective, target if split else None, seed=seed, **options)
-        self._steps_taken = 0
+        self._step, self._steps_taken = None, 0
+        self._compile = functools.partial(
+            self._compile_step, target, n_draws, gradient, annealing > 0, density, options
+        )
+        if good:
+            self._record(Run(stopped="the affine map fits: its importance weights are even"))
+            return
+        self._compile()
         window = 50 if options["optimizer"] is None else 0
         self._train(n, Schedule(rate, n, annealing, window), progressbar)
+
+    def _compile_step(self, target, n_draws, gradient, annealed, density, options) -> None:
+        approx = self.approx
+        with approx.model, _timed(approx.fit_stats["seconds"], "compile"):
+            # a model that JAX can't compile must not take the flow with it
+            split = target is not None and target.fell_back
+            objective = build_objective(
+                approx, n_draws, gradient=gradient, split=split, annealed=annealed, **density
+            )
+            seed = int(approx.rng.randint(2**30))
+            self._step = Step(approx, objective, target if split else None, seed=seed, **options)
 
     def _initialize(self, target: Target, options: dict[str, Any]) -> bool:
         """Put flows where the posterior is; whether an affine map alone is good enough."""
         approx = self.approx
         rng = np.random.default_rng(approx.rng.randint(2**30))
         alone = approx.groups[0] if len(approx.groups) == 1 else None
-        ladder = getattr(alone, "on_ladder", False)
+        ladder = getattr(alone, "on_ladder", False) and options["optimizer"] is None
         density: Target | Pulled = target
         try:
             if getattr(alone, "noncentering", None) is not None:
@@ -271,6 +284,15 @@ class NFVI(Inference):
         self._start = start
         gaussian = start.gaussian
         approx.fit_stats["start_elbo"] = gaussian.elbo
+        approx.fit_stats["modes"] = len(start.modes)
+        if len(start.modes) > 1:
+            warnings.warn(
+                f"climbs from several points ended in {len(start.modes)} places apart from each other: "
+                "the posterior may have several modes, of which the fit may miss some. Compare fits "
+                "with several values of random_seed, and with annealing=1000",
+                UserWarning,
+                stacklevel=6,
+            )
         good = ladder and len(start.modes) == 1 and fits(density, gaussian, rng)
         first = 0
         for group in approx.groups:
@@ -278,7 +300,9 @@ class NFVI(Inference):
             first += group.ddim
             if isinstance(group, FlowGroup):
                 loc, factor = gaussian.block(here)
-                if good:
+                if group.shared_params is None:
+                    group.place(loc, factor)
+                elif good:
                     group.restart(affine_map(group.ddim), loc, factor)
                 else:
                     group.restart(group.layers, loc, factor)
@@ -323,8 +347,10 @@ class NFVI(Inference):
         TypeError
             If there was no fit.
         """
-        if self._step is None:
+        if self._compile is None:
             raise TypeError("Need to call `.fit` first")
+        if self._step is None:
+            self._compile()
         if progressbar_theme is not None:
             self._fit_options["theme"] = progressbar_theme
         rate = REFINE_RATE * self._fit_options["rate"] if learning_rate is None else learning_rate

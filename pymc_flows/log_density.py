@@ -46,6 +46,7 @@ def log_density(
     vectorize: bool = True,
     more_replacements: Mapping[Variable, Variable] | None = None,
     model: Model | None = None,
+    jacobian: bool = True,
 ) -> list[TensorVariable]:
     """Log prior with Jacobians, and log likelihood with potentials, of each draw.
 
@@ -59,6 +60,8 @@ def log_density(
         As in :func:`build_objective`.
     model : Model, optional
         With the same free variables as the approximation's, which is the default.
+    jacobian : bool, default True
+        Include the Jacobians of the model's transforms in the prior.
 
     Returns
     -------
@@ -66,7 +69,7 @@ def log_density(
         Two, of shape (draws,), in nats.
     """
     model = model or approx.model
-    graphs = [model.varlogp, model.datalogp]
+    graphs = [model.logp(vars=model.free_RVs, jacobian=jacobian), model.datalogp]
     if more_replacements:
         graphs = graph_replace(graphs, dict(more_replacements), strict=False)
     return batch(graphs, model, value_slices(approx, x), vectorize)

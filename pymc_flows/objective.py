@@ -124,8 +124,8 @@ class Pulled:
         return log_p, score
 
 
-def _density_and_score(approx, x, vectorize, more_replacements=None):
-    prior, likelihood = log_density(approx, x, vectorize, more_replacements)
+def _density_and_score(approx, x, vectorize, more_replacements=None, jacobian=True):
+    prior, likelihood = log_density(approx, x, vectorize, more_replacements, jacobian=jacobian)
     log_p: Any = prior + likelihood
     return [log_p, pt.grad(log_p.sum(), x)]
 
@@ -174,6 +174,7 @@ def build_objective(
     *,
     gradient: str = "stl",
     split: bool = False,
+    annealed: bool = False,
     vectorize: bool = True,
     more_params: Sequence[Variable] = (),
     more_replacements: Mapping[Variable, Variable] | None = None,
@@ -193,6 +194,9 @@ def build_objective(
         bound over the draws (Tucker et al. 2019, arXiv:1810.04152, eq. 8).
     split : bool, default False
         Leave the model out: its log density and score are inputs.
+    annealed : bool, default False
+        Leave the Jacobians of the model's transforms untempered: a bounded variable's density then
+        becomes flat between its bounds, and not on the whole line. Not with ``split``.
     vectorize : bool, default True
         Evaluate the log density of all draws as one batch; otherwise, and where that is
         impossible (said in a warning), loop over the draws.
@@ -213,8 +217,14 @@ def build_objective(
         x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
         density = _density_and_score(approx, x_free, vectorize, more_replacements)
         placed: dict[Any, Any] = {x_free: x}
-        density = graph_replace(density, placed, strict=False)
-    log_p, score = (temper * part for part in density)
+        tempered = [temper * part for part in density]
+        if annealed:
+            plain = _density_and_score(approx, x_free, vectorize, more_replacements, False)
+            tempered = [p + (temper - 1) * q for p, q in zip(density, plain, strict=True)]
+        density = graph_replace(tempered, placed, strict=False)
+    else:
+        density = [temper * part for part in density]
+    log_p, score = density
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
     valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))

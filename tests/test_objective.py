@@ -288,6 +288,18 @@ def test_temper_flattens_the_posterior(python):
     assert_allclose(none[0], log_q().mean())
 
 
+def test_annealing_leaves_the_jacobians_as_they_are(python):
+    approx = perturb(NormalizingFlow("planar", n_layers=1, model=build(plain)))
+    noise = noise_for(approx)
+    evaluate = compiled(approx, python, annealed=True)
+    whole, half, none = (evaluate(noise, temper) for temper in (1.0, 0.5, 0.0))
+    assert_allclose(whole[0], compiled(approx, python)(noise)[0])
+    assert_allclose(half[2], (whole[2] + none[2]) / 2)
+    x, log_q = pytensor.function([], approx.groups[0].draws_and_log_q(pt.constant(noise[0])))()
+    log_tau = x[:, approx.ordering["tau_log__"][1]].ravel()
+    assert_allclose(none[0], (log_q - log_tau).mean())
+
+
 def batches():
     """Batches of 4 of 20 values; the data's sd is known."""
     values = np.linspace(-1, 2, 20)

@@ -1,0 +1,170 @@
+"""Fits beside published reference draws: grade, errors, ELBO, k-hat, gradient evaluations, CPU seconds.
+
+Posteriors, data and references are in ``posteriors/`` with their origins and licences. ::
+
+    python benchmarks/references.py --method flow --seeds 1 2 3 --output benchmarks/results/flow.md
+
+CPU seconds run from the call of ``pm.fit`` to its result, compilation included; seconds by stage are
+wall time. ``NUTS`` columns are ``verified.json``'s: nutpie, 4 chains of 1000 + 1000 draws, on another day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+
+LIMITS = {"accurate": (0.1, 0.9, 1.1, 0.12), "usable": (0.3, 0.75, 1.33, 0.3)}
+PYMC_METHODS = ("advi", "fullrank_advi")
+
+
+def comparable(entry, variable, values):
+    """Draws (draws, scalars) as they are compared: in logs, or as magnitudes."""
+    values = np.array(values, dtype=float)
+    for element in entry.fold.get(variable, []):
+        values[..., element] = np.abs(values[..., element])
+    if variable in entry.log_scale:
+        values = np.log(values)
+    return values.reshape(len(values), -1)
+
+
+def wasserstein(left, right):
+    """Wasserstein-1 distances of columns, by quantiles."""
+    levels = (np.arange(2000) + 0.5) / 2000
+    return np.abs(np.quantile(left, levels, axis=0) - np.quantile(right, levels, axis=0)).mean(0)
+
+
+def errors(name, posterior):
+    """Largest mean error, least and largest sd ratio, largest W1, in reference sd; W1's floor."""
+    import models
+
+    entry, reference = models.REGISTRY[name], models.load_reference(name)
+    columns = []
+    for variable in entry.variables:
+        draws = comparable(entry, variable, posterior[variable])
+        known = comparable(entry, variable, reference[variable]) if variable in reference else None
+        if entry.tier == "moments":
+            mean, sd = (reference[f"{variable}__{m}"].ravel() for m in ("mean", "sd"))
+        else:
+            mean, sd = known.mean(axis=0), known.std(axis=0)
+        w1 = floor = np.zeros_like(mean)
+        if known is not None:
+            w1 = wasserstein(draws, known) / sd
+            floor = wasserstein(known[::2], known[1::2]) / sd
+        columns.append((np.abs(draws.mean(axis=0) - mean) / sd, draws.std(axis=0) / sd, w1, floor))
+    mean_error, ratio, w1, floor = (np.concatenate(c) for c in zip(*columns, strict=True))
+    return mean_error.max(), ratio.min(), ratio.max(), w1.max(), floor.max()
+
+
+def grade(mean_error, low, high, w1):
+    """Word for the worst errors; the limits are those of the references' README."""
+    for word, (mean_limit, sd_low, sd_high, w1_limit) in LIMITS.items():
+        if mean_error < mean_limit and low >= sd_low and high <= sd_high and w1 < w1_limit:
+            return word
+    return "off"
+
+
+def fit(name, method, seed, draws=4000):
+    """One row: what a fit took and how well it did."""
+    import models
+    import pymc as pm
+    from arviz_stats.base import array_stats
+
+    import pymc_flows  # noqa: F401
+
+    model = models.build(name)
+    started = time.process_time()
+    with model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        approx = pm.fit(method=method, random_seed=seed, progressbar=False)
+        cpu = time.process_time() - started
+        result = approx.sample(draws, random_seed=seed)
+    posterior = {v: result.posterior[v].values[0] for v in result.posterior.data_vars}
+    *worst, floor = errors(name, posterior)
+    row = {"grade": grade(*worst), "errors": worst, "floor": floor, "cpu": cpu}
+    if method not in PYMC_METHODS:
+        stats = approx.fit_stats
+        weights = (result.sample_stats.log_p - result.sample_stats.log_q).values.ravel()
+        row |= {
+            "elbo": weights.mean(),
+            "start": stats.get("start_elbo", np.nan),
+            "khat": float(array_stats.psislw(-weights)[1]),
+            "evaluations": stats["gradient_evaluations"],
+            "seconds": stats["seconds"],
+        }
+    return row
+
+
+def line(name, seed, row, nuts):
+    """A row of the table."""
+    mean_error, low, high, w1 = row["errors"]
+    cells = [name, seed, row["grade"], f"{mean_error:.3f}", f"{low:.2f} to {high:.2f}"]
+    cells += [f"{w1:.3f} ({row['floor']:.3f})"]
+    if "elbo" in row:
+        stages = " + ".join(f"{row['seconds'][s]:.1f}" for s in ("compile", "start", "training"))
+        cells += [f"{row['elbo']:.2f} ({row['start']:.2f})", f"{row['khat']:.2f}"]
+        cells += [f"{row['evaluations'] / 1e3:.0f}k", f"{row['cpu']:.1f}", stages]
+    else:
+        cells += ["", "", "", f"{row['cpu']:.1f}", ""]
+    gradients = nuts["grads_warmup"] + nuts["grads_sampling"]
+    seconds = nuts["compile_cpu_s"] + nuts["sample_cpu_s"]
+    return "| " + " | ".join(map(str, [*cells, f"{gradients / 1e3:.0f}k", f"{seconds:.1f}"])) + " |"
+
+
+def main() -> None:
+    import machine
+    import models
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", default="flow")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--posteriors", nargs="+", default=list(models.REGISTRY))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    nuts = json.loads((HERE / "posteriors" / "verified.json").read_text())
+    head = (
+        "posterior | seed | grade | mean error | sd ratios | W1 (floor) | ELBO (start's) | k-hat "
+        "| gradients | CPU s | compile + start + training, s | NUTS's gradients | NUTS's CPU s"
+    )
+    report = [
+        f"# `{options.method}` against reference posteriors",
+        "",
+        f"Made by `python benchmarks/references.py --method {options.method} --seeds "
+        f"{' '.join(map(str, options.seeds))}`.",
+        f"{machine.describe('jax', 'numba')}.",
+        "",
+        f"| {head} |",
+        "|" + "---|" * (head.count("|") + 1),
+    ]
+    grades: dict[str, int] = {}
+    total = 0.0
+    for seed in options.seeds:
+        for name in options.posteriors:
+            try:
+                row = fit(name, options.method, seed)
+            except Exception as error:
+                report.append(f"| {name} | {seed} | failed: {type(error).__name__} |")
+                grades["failed"] = grades.get("failed", 0) + 1
+            else:
+                report.append(line(name, seed, row, nuts[name]))
+                grades[row["grade"]] = grades.get(row["grade"], 0) + 1
+                total += row["cpu"]
+            print(report[-1], flush=True)
+            counts = ", ".join(f"{count} {word}" for word, count in sorted(grades.items()))
+            summary = f"{counts}; {total:.0f} CPU seconds in all."
+            if options.output:
+                options.output.parent.mkdir(exist_ok=True)
+                options.output.write_text("\n".join([*report, "", summary, ""]))
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The start: Gaussians are found exactly, bad scales and bad points are survived."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from pymc_flows.initialization import (
+    Gaussian,
+    NoStartError,
+    balanced_noise,
+    find_start,
+    fits,
+    judge,
+    polish,
+    settle,
+)
+
+
+def normal(loc, covariance):
+    """Log density and score of a Gaussian, normalised."""
+    precision = np.linalg.inv(covariance)
+    constant = 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+
+    def target(x):
+        away = x - loc
+        return -0.5 * np.einsum("ni,ij,nj->n", away, precision, away) - constant, -away @ precision
+
+    return target
+
+
+def badly_scaled(dim=4):
+    rng = np.random.default_rng(0)
+    root = np.tri(dim) * rng.normal(size=(dim, dim)) + 2 * np.eye(dim)
+    scales = np.geomspace(1e-3, 1e3, dim)
+    return np.linspace(-5, 5, dim) * scales, (scales[:, None] * root) @ (scales[:, None] * root).T
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_badly_scaled_gaussian_is_found_exactly(seed):
+    loc, covariance = badly_scaled()
+    rng = np.random.default_rng(seed)
+    target = normal(loc, covariance)
+    start = find_start(target, np.zeros(4), rng)
+    sd = np.sqrt(np.diag(covariance))
+    assert np.abs((start.gaussian.loc - loc) / sd).max() < 1e-3
+    found = start.gaussian.factor @ start.gaussian.factor.T
+    assert_allclose(found / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=1e-3)
+    assert abs(start.gaussian.elbo) < 1e-4
+    assert len(start.modes) == 1
+    assert fits(target, start.gaussian, rng)
+
+
+def funnel(x):
+    """Neal's funnel, (v, y1 ... y4), v with sd 3: its mode is far from its mass."""
+    v, y = x[:, 0], x[:, 1:]
+    n = y.shape[1]
+    constant = 0.5 * (n + 1) * np.log(2 * np.pi) + np.log(3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        pull = np.exp(-v)
+        log_p = -(v**2) / 18 - 0.5 * n * v - 0.5 * pull * (y**2).sum(axis=1) - constant
+        by_v = -v / 9 - 0.5 * n + 0.5 * pull * (y**2).sum(axis=1)
+        return log_p, np.column_stack([by_v, -pull[:, None] * y])
+
+
+def test_a_funnels_start_is_a_bound_and_said_not_to_fit():
+    rng = np.random.default_rng(1)
+    start = find_start(funnel, np.zeros(5), rng)
+    checked = judge(funnel, start.gaussian, balanced_noise(rng, 4096, 5))
+    assert -1.5 < checked.elbo < 0
+    assert not fits(funnel, start.gaussian, rng)
+
+
+def test_a_start_where_the_density_is_zero_moves_on():
+    def half_line(x):
+        inside = (x > 1).all(axis=1)
+        log_p = np.where(inside, -0.5 * ((x - 5) ** 2).sum(axis=1), -np.inf)
+        return log_p, np.where(inside[:, None], -(x - 5), np.nan)
+
+    start = find_start(half_line, np.zeros(2), np.random.default_rng(2))
+    assert_allclose(start.gaussian.loc, 5, atol=0.1)
+
+
+def test_a_density_that_is_nowhere_finite_is_an_error():
+    def nowhere(x):
+        return np.full(len(x), np.nan), np.full(x.shape, np.nan)
+
+    with pytest.raises(NoStartError, match="no starting point has a finite log density"):
+        find_start(nowhere, np.zeros(2), np.random.default_rng(0))
+
+
+def test_two_modes_are_noticed():
+    def two(x):
+        logs = np.stack([-0.5 * ((x - m) ** 2).sum(axis=1) * 100 for m in (-1.5, 1.5)])
+        total = np.logaddexp(*logs)
+        share = np.exp(logs - total)
+        score = sum(s[:, None] * -(x - m) * 100 for s, m in zip(share, (-1.5, 1.5), strict=True))
+        return total, score
+
+    start = find_start(two, np.zeros(1), np.random.default_rng(0))
+    assert len(start.modes) == 2
+    assert_allclose(np.sort(start.modes.ravel()), [-1.5, 1.5], atol=1e-3)
+
+
+def test_polish_climbs_to_the_mode_in_any_units():
+    loc, covariance = badly_scaled()
+    polished = polish(normal(loc, covariance), Gaussian(np.zeros(4), np.eye(4)))
+    assert np.abs((polished.loc - loc) / np.sqrt(np.diag(covariance))).max() < 1e-3
+
+
+def test_settling_is_where_the_elbo_is_stationary():
+    """For exp(x) - type skewness: log p = a x - exp(x) has the KL-optimal Gaussian in closed form."""
+    a = 5.0
+
+    def log_gamma(x):
+        return (a * x - np.exp(x)).sum(axis=1), a - np.exp(x)
+
+    settled = settle(log_gamma, Gaussian(np.zeros(1), np.eye(1)), np.random.default_rng(0))
+    # stationarity: E exp(x) = a and 1 / variance = E exp(x), so variance 1/a, mean log a - 1/(2a)
+    assert_allclose(settled.factor[0, 0] ** 2, 1 / a, rtol=0.05)
+    assert_allclose(settled.loc[0], np.log(a) - 1 / (2 * a), atol=0.05 * a**-0.5)
+
+
+def test_weights_tell_a_wrong_scale_and_a_wrong_mean():
+    target = normal(np.zeros(2), np.eye(2))
+    rng = np.random.default_rng(0)
+    assert fits(target, Gaussian(np.zeros(2), np.eye(2)), rng)
+    assert not fits(target, Gaussian(np.zeros(2), np.diag([1.0, 1.15])), rng)
+    assert not fits(target, Gaussian(np.array([0.0, 0.15]), np.eye(2)), rng)
+
+
+def test_a_block_is_the_marginal():
+    factor = np.tri(3) + np.eye(3)
+    loc, block = Gaussian(np.arange(3.0), factor).block(slice(1, 3))
+    assert_allclose(loc, [1, 2])
+    assert_allclose(block @ block.T, (factor @ factor.T)[1:, 1:])

@@ -1,0 +1,104 @@
+"""The model-aware layer: which priors it finds, that it is a bijection, and that λ = 0 frees them."""
+
+import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
+import pytest
+from numpy.testing import assert_allclose
+
+from pymc_flows import NormalizingFlow
+from pymc_flows.bijections import Params
+from pymc_flows.noncentering import find_noncentering
+
+PRIORS = {
+    "normal": lambda m, s: pm.Normal("x", m, s, shape=3),
+    "student": lambda m, s: pm.StudentT("x", nu=3, mu=m, sigma=s),
+    "cauchy": lambda m, s: pm.Cauchy("x", m, s),
+    "laplace": lambda m, s: pm.Laplace("x", m, s),
+    "logistic": lambda m, s: pm.Logistic("x", m, s),
+    "gumbel": lambda m, s: pm.Gumbel("x", m, s),
+    "skew": lambda m, s: pm.SkewNormal("x", mu=m, sigma=s, alpha=2.0),
+    "lognormal": lambda m, s: pm.LogNormal("x", m, s),
+    "halfnormal": lambda m, s: pm.HalfNormal("x", s, shape=2),
+    "halfcauchy": lambda m, s: pm.HalfCauchy("x", s),
+    "halfstudent": lambda m, s: pm.HalfStudentT("x", nu=3, sigma=s),
+    "exponential": lambda m, s: pm.Exponential("x", 1 / s),
+    "gamma": lambda m, s: pm.Gamma("x", alpha=2.0, beta=1 / s),
+    "inversegamma": lambda m, s: pm.InverseGamma("x", alpha=3.0, beta=s),
+    "weibull": lambda m, s: pm.Weibull("x", alpha=2.0, beta=s),
+    "zerosum": lambda m, s: pm.ZeroSumNormal("x", s, shape=4),
+    "walk": lambda m, s: pm.GaussianRandomWalk("x", m, s, init_dist=pm.Normal.dist(m, s), steps=3),
+}
+
+
+def hierarchy(prior):
+    with pm.Model() as model:
+        mean, scale = pm.Normal("mean"), pm.HalfNormal("scale")
+        prior(mean, scale)
+    return model
+
+
+def layer_of(model):
+    group = NormalizingFlow("loc", model=model).groups[0]
+    return find_noncentering(model, list(group.ordering.values()), group.ddim)
+
+
+def compiled(layer, python):
+    y, flat = pt.matrix(shape=(6, layer.dim)), pt.vector(shape=(layer.n_weights,))
+    params = Params(flat, layer.weight_shapes)
+    x, log_det = layer.forward(y, params)
+    back, log_det_back = layer.inverse(x, params)
+    rows = [pt.grad(x[:, i].sum(), y) for i in range(layer.dim)]
+    outputs = [x, log_det, back, log_det_back, pt.stack(rows, axis=1)]
+    return pytensor.function([y, flat], outputs, mode=python)
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_the_layer_is_a_bijection_with_its_log_det(prior, python):
+    layer = layer_of(hierarchy(prior))
+    assert [p.name.split("_")[0] for p in layer.priors] == ["x"]
+    rng = np.random.default_rng(0)
+    y, flat = rng.normal(size=(6, layer.dim)), rng.normal(size=layer.n_weights)
+    _, log_det, back, log_det_back, jacobian = compiled(layer, python)(y, flat)
+    assert_allclose(back, y, atol=1e-10)
+    assert_allclose(log_det_back, -log_det, atol=1e-10)
+    assert_allclose(log_det, np.linalg.slogdet(jacobian)[1], atol=1e-8)
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_noncentred_variables_do_not_depend_on_their_parents(prior, python):
+    """With λ = 0 the prior density of y does not change when mean and scale do."""
+    model = hierarchy(prior)
+    layer = layer_of(model)
+    rng = np.random.default_rng(1)
+    y = np.repeat(rng.normal(size=(1, layer.dim)), 6, axis=0)
+    y[:, :2] = rng.normal(size=(6, 2))  # mean and log scale
+    x, log_det, *_ = compiled(layer, python)(y, np.full(layer.n_weights, -40.0))
+    rv = model["x"]
+    log_p = model.compile_logp(vars=[rv], mode=python)
+    names = [v.name for v in model.value_vars]
+    places = {name: (where, shape) for name, where, shape, _ in layer.ordering}
+    densities = [log_p({n: row[places[n][0]].reshape(places[n][1]) for n in names}) for row in x]
+    assert_allclose(np.array(densities) + log_det, densities[0] + log_det[0], atol=1e-8)
+
+
+def test_priors_without_free_parents_get_none(python):
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0.0, 5.0)
+        pm.HalfNormal("sigma", 2.0)
+        pm.Normal("y", mu, 1.0, observed=[0.5, 1.0])
+    assert layer_of(model) is None
+
+
+def test_it_is_an_option_of_every_family_and_the_defaults():
+    model = hierarchy(PRIORS["normal"])
+    for flow, options, expected in [
+        ("realnvp", {"noncentering": True}, True),
+        ("realnvp", {}, False),
+        ("flow", {}, True),
+        ("flow", {"noncentering": False}, False),
+        ("scale-loc", {"noncentering": True}, True),
+    ]:
+        group = NormalizingFlow(flow, model=model, **options).groups[0]
+        assert (group.noncentering is not None) == expected
