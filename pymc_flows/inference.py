@@ -124,7 +124,7 @@ class NFVI(Inference):
         Parameters
         ----------
         n : int, default 5000
-            Number of steps; 0 only initialises.
+            Most steps; a fit that no longer gains ends before. 0 only initialises.
         score : bool, default True
             Record the loss (the negative ELBO, in nats) of each step in ``approx.hist``.
         callbacks : sequence of callable, optional

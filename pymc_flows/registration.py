@@ -42,7 +42,7 @@ def fit(
     Parameters
     ----------
     n : int, default 5000
-        Number of steps.
+        Most steps; a fit that no longer gains ends before.
     method : str, Bijection or NFVI, default "flow"
         A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, either
         after ``"nfvi="`` if you like, or an NFVI instance.

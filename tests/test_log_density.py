@@ -9,6 +9,8 @@ from numpy.testing import assert_allclose
 from pytensor.conditional.op import ifelse
 from pytensor.graph.traversal import ancestors
 from pytensor.scan.op import Scan
+from pytensor.tensor.basic import Join
+from pytensor.tensor.blockwise import Blockwise
 from scipy import stats
 
 from pymc_flows import FlowApproximation
@@ -131,3 +133,40 @@ def test_has_minibatch():
     with model:
         pm.Normal("z", mu, observed=pm.Minibatch(np.zeros(30), batch_size=3), total_size=30)
     assert has_minibatch(model)
+
+
+def looping():
+    """Model with a loop over time and a concatenation of what is batched with what is not."""
+    with pm.Model() as model:
+        rate = pm.Normal("rate", shape=2)
+        drive = pt.concatenate([np.array([0.5]), pt.exp(rate[:1]), np.array([0.1, -0.2])])
+
+        def step(drive_t, before, rate):
+            return 0.5 * before + rate[1] * drive_t
+
+        path = pytensor.scan(
+            step,
+            sequences=[drive],
+            outputs_info=[rate[0]],
+            non_sequences=[rate],
+            return_updates=False,
+        )
+        pm.Normal("y", path, 1.0, observed=[0.1, 0.3, -0.2, 0.4])
+    return model
+
+
+def test_a_loop_takes_all_draws_at_once():
+    pytest.importorskip("jax")
+    model = looping()
+    x = pt.matrix("x", shape=(5, 2))
+    approx = approximation_of(model, "rate")
+    log_p = sum(log_density(approx, x))
+    for variable in ancestors([log_p]):
+        op = variable.owner.op if variable.owner is not None else None
+        assert not (isinstance(op, Blockwise) and isinstance(op.core_op, Scan | Join))
+    draws = np.random.default_rng(0).normal(size=(5, 2))
+    gradient = pt.grad(log_p.sum(), x)
+    found, score = pytensor.function([x], [log_p, gradient], mode="JAX")(draws)
+    point, slope = model.compile_logp(), model.compile_dlogp()
+    assert_allclose(found, [point({"rate": row}) for row in draws], rtol=1e-10)
+    assert_allclose(score, [slope({"rate": row}) for row in draws], rtol=1e-8)
