@@ -17,6 +17,8 @@ Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 FULL_MAX_DIM = 300
 N_CLIMBERS = 8
 MEMORY = 20
+# nats that a Gaussian around several modes may lie below one at the best of them
+MOST_BETWEEN = 30.0
 # above it, what is done in every dimension is done more sparingly
 CHEAP_MAX_DIM = 50
 ENOUGH_VALID = 0.995
@@ -144,7 +146,22 @@ def find_start(target: Density, initial: np.ndarray, rng: np.random.Generator) -
     settled = [settle(target, g, rng) for g in found[:n_settled]]
     fresh = balanced_noise(rng, 256, initial.size)
     gaussian = max((judge(target, g, fresh) for g in [*settled, found[0]]), key=lambda g: g.elbo)
-    return Start(gaussian, climb.modes(gaussian))
+    modes = climb.modes(gaussian)
+    if len(modes) > 1:
+        # one mode's Gaussian would keep the flow from the others, unless what is between them is
+        # so improbable that a flow that starts there is lost
+        broad = judge(target, around(modes, gaussian), fresh)
+        gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
+    return Start(gaussian, modes)
+
+
+def around(modes: np.ndarray, gaussian: Gaussian) -> Gaussian:
+    """Give the Gaussian with mean and covariance of equal copies of one at several modes."""
+    loc = modes.mean(axis=0)
+    away = modes - loc
+    if gaussian.factor.ndim == 1:
+        return Gaussian(loc, np.sqrt(gaussian.factor**2 + (away**2).mean(axis=0)))
+    return Gaussian(loc, _root(gaussian.factor @ gaussian.factor.T + away.T @ away / len(modes)))
 
 
 def balanced_noise(rng: np.random.Generator, n_draws: int, dim: int) -> np.ndarray:
