@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,6 +107,7 @@ class FlowGroup(Group):
         self.flow_options = {**(options or {}), **kwargs}
         check_flow(self.flow, self.flow_options)
         self.seeded = random_seed is not None
+        self.fitted = False  # then a further fit leaves it where it is, and only trains
         super().__init__(group, vfam, params, random_seed, model, options, start=start)
 
     def __init_group__(self, group):
@@ -128,7 +130,7 @@ class FlowGroup(Group):
         self._finalize_init()
 
     def place(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
-        """Put the flow inside a new fixed affine map, or another flow, its weights still to be set.
+        """Put the flow, or another one, its weights still to be set, inside a new fixed affine map.
 
         Parameters
         ----------
@@ -153,12 +155,25 @@ class FlowGroup(Group):
         if self.noncentering is not None:
             last.append(self.noncentering)
         self.bijection: Bijection = Chain([*first, *last])
-        self.__dict__.pop("_cache", None)  # what was written down with the old map
+        cached = self.__dict__.pop("_cache", {})  # what was written down with the old map
+        if taken := [name for name in ("mean", "cov", "std") if cached.get(name)]:
+            warnings.warn(
+                f"{taken[0]} was taken before the fit found its start, and what was made from it stays "
+                f"as it was then. Take it after the fit, or anew at each step, as in "
+                f"Tracker({taken[0]}=lambda approx, losses, i: approx.{taken[0]}.eval())",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def restart(self, layers: Bijection, loc: np.ndarray, factor: np.ndarray) -> None:
-        """Become another flow, with weights of its own."""
+        """Become another flow, with weights of its own; where it is the same one, they are drawn anew."""
         self.place(loc, factor, layers)
-        self.shared_params = self._initial_weights()
+        weights = self._initial_weights()["weights"]
+        old = self.shared_params["weights"]
+        if old.type.shape == weights.type.shape:
+            old.set_value(weights.get_value())
+        else:
+            self.shared_params = {"weights": weights}
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))

@@ -103,8 +103,7 @@ def nice(
     affine : {"full", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
-    coupling = Coupling(dim, Additive(), _widths(hidden))
-    return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+    return _couplings(dim, Additive(), n_layers, hidden, affine)
 
 
 def realnvp(
@@ -123,8 +122,7 @@ def realnvp(
     affine : {"full", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
-    coupling = Coupling(dim, Affine(), _widths(hidden))
-    return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+    return _couplings(dim, Affine(), n_layers, hidden, affine)
 
 
 def flow(
@@ -188,7 +186,11 @@ def nsf(
         The last, affine map, as in :func:`planar`.
     """
     spline = RationalQuadratic(_at_least_one(n_bins=n_bins), bound)
-    coupling = Coupling(dim, spline, _widths(hidden))
+    return _couplings(dim, spline, n_layers, hidden, affine)
+
+
+def _couplings(dim, transformer, n_layers, hidden, affine) -> Chain:
+    coupling = Coupling(dim, transformer, _widths(hidden))
     return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 

@@ -124,7 +124,7 @@ class NFVI(Inference):
         Parameters
         ----------
         n : int, default 5000
-            Most steps; a fit that no longer gains ends before. 0 only initialises.
+            Most steps; a fit that no longer gains ends before. 0 only searches for a start.
         score : bool, default True
             Record the loss (the negative ELBO, in nats) of each step in ``approx.hist``.
         callbacks : sequence of callable, optional
@@ -146,7 +146,8 @@ class NFVI(Inference):
         initialize : bool, default True
             Search for a start: a Gaussian near the posterior, inside which the flow trains. False
             leaves the flow at the model's initial point, with unit scales. Not possible for
-            minibatches, ``more_obj_params`` and ``more_replacements``, whose density changes.
+            minibatches, ``more_obj_params`` and ``more_replacements``, whose density changes. What
+            was fitted before stays where it is, and is trained further.
         vectorize : bool, default True
             Evaluate the log density of all draws as one batch; False loops over them.
         obj_n_mc : int, default 64
@@ -199,25 +200,23 @@ class NFVI(Inference):
             "stopped": "",
             "nonfinite_steps": 0,
             "invalid_draws": 0,
+            "roll_backs": 0,
         }
-        if n > 0:
-            self._fit(
-                n, n_draws, rate, annealing, gradient, initialize, progressbar,
-                {
-                    "vectorize": vectorize,
-                    "more_params": more_obj_params or (),
-                    "more_replacements": more_replacements,
-                },
-                {
-                    "optimizer": obj_optimizer,
-                    "max_norm": total_grad_norm_constraint,
-                    "more_updates": more_updates,
-                    "backend": backend,
-                    "compile_kwargs": compile_kwargs,
-                },
-            )  # fmt: skip
-        else:
-            self.approx.fit_stats["stopped"] = "initialisation only"
+        self._fit(
+            n, n_draws, rate, annealing, gradient, initialize, progressbar,
+            {
+                "vectorize": vectorize,
+                "more_params": more_obj_params or (),
+                "more_replacements": more_replacements,
+            },
+            {
+                "optimizer": obj_optimizer,
+                "max_norm": total_grad_norm_constraint,
+                "more_updates": more_updates,
+                "backend": backend,
+                "compile_kwargs": compile_kwargs,
+            },
+        )  # fmt: skip
         return self.approx
 
     def _fit(
@@ -225,14 +224,12 @@ class NFVI(Inference):
     ):
         """Search for a start, stop there if it is good, and train otherwise."""
         approx, seconds = self.approx, self.approx.fit_stats["seconds"]
-        with approx.model, _timed(seconds, "compile"):
-            fixed = not (
-                has_minibatch(approx.model)
-                or density["more_params"]
-                or density["more_replacements"]
-            )
-            target = None
-            if fixed:
+        flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
+        target, good = None, False
+        self._start, self._step, self._steps_taken = None, None, 0
+        changes = density["more_params"] or density["more_replacements"]
+        if (initialize or n > 0) and not (changes or has_minibatch(approx.model)):
+            with approx.model, _timed(seconds, "compile"):
                 target = Target(
                     approx,
                     n_draws,
@@ -240,20 +237,32 @@ class NFVI(Inference):
                     backend=options["backend"],
                     compile_kwargs=options["compile_kwargs"],
                 )
-        self._target, self._start, good = target, None, False
-        if target is not None and initialize:
-            with _timed(seconds, "start"):
-                good = self._initialize(target, options)
-        self._step, self._steps_taken = None, 0
+        self._target = target
         self._compile = functools.partial(
             self._compile_step, target, n_draws, gradient, annealing > 0, density, options
         )
+        if target is not None and initialize and not any(group.fitted for group in flows):
+            with _timed(seconds, "start"):
+                good = self._initialize(target, options)
+            for group in flows:
+                group.fitted = True
+        if n == 0:
+            self._record(Run(stopped="initialisation only"))
+            return
         if good:
             self._record(Run(stopped="the affine map fits: its importance weights are even"))
             return
-        self._compile()
+        try:
+            self._compile()
+        except KeyboardInterrupt:
+            if self._start is None:
+                raise
+            self._record(Run(stopped="interrupted before the first step: this is the start"))
+            return
         window = 50 if options["optimizer"] is None else 0
         self._train(n, Schedule(rate, n, annealing, window), progressbar)
+        for group in flows:
+            group.fitted = True
 
     def _compile_step(self, target, n_draws, gradient, annealed, density, options) -> None:
         approx = self.approx
@@ -428,6 +437,7 @@ class NFVI(Inference):
         stats["seconds"]["training"] += run.seconds
         stats["stopped"] = run.stopped
         stats["nonfinite_steps"] += run.nonfinite_steps
+        stats["roll_backs"] += run.roll_backs
         stats["invalid_draws"] += run.invalid_draws
         share = run.invalid_draws / max(1, run.losses.size * n_draws)
         if share > 0.01 or run.nonfinite_steps > 0.01 * max(1, run.losses.size):

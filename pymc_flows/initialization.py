@@ -6,9 +6,8 @@ compiled function serves the whole start.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -94,13 +93,10 @@ class Start:
         The best.
     modes : ndarray
         (modes, dim), where climbs from several points ended, apart from each other.
-    path : list of str
-        What was done, for the record.
     """
 
     gaussian: Gaussian
     modes: np.ndarray
-    path: list[str] = field(default_factory=list)
 
 
 class NoStartError(ValueError):
@@ -234,19 +230,17 @@ class _Climb:
         self.target = target
         self.x, self.log_p, self.score = points.copy(), log_p.copy(), score.copy()
         self.pairs = [[] for _ in points]
-        self.history = [[] for _ in points]
+        self.history = [[(x, [])] for x in points]
         self.active = np.ones(len(points), dtype=bool)
         self.stuck = np.zeros(len(points), dtype=int)
 
     def run(self, n_iterations=100):
-        for i in range(n_iterations):
-            for k in np.flatnonzero(self.active):
-                self.history[k].append((self.x[k].copy(), self.log_p[k], len(self.pairs[k])))
+        for _ in range(n_iterations):
             if not self.active.any():
                 break
-            self._step(first=i == 0)
+            self._step()
 
-    def _step(self, first):
+    def _step(self):
         who = np.flatnonzero(self.active)
         directions, lengths = [], []
         for k in who:
@@ -277,6 +271,7 @@ class _Climb:
             if along > 1e-10 * np.linalg.norm(moved) * np.linalg.norm(turned):
                 self.pairs[k] = [*self.pairs[k], (moved, turned)][-MEMORY:]
             self.x[k], self.log_p[k], self.score[k] = tried[row, j], log_p[row, j], score[row, j]
+            self.history[k].append((self.x[k].copy(), self.pairs[k]))
             self.stuck[k] = 0
             slow = gain < 1e-4 and len(self.history[k]) > 5
             runaway = np.abs(self.x[k]).max() > 1e9
@@ -293,23 +288,11 @@ class _Climb:
 
     def gaussian(self, k, when):
         """The point of an iteration, with the curvature that the climb knew there."""
-        x = self.history[k][when][0]
-        pairs = []
-        path = [point for point, *_ in self.history[k][: when + 1]]
-        path += [self.x[k]] if when == len(self.history[k]) - 1 else []
-        x = path[-1]
-        pairs = self.pairs[k] if when == len(self.history[k]) - 1 else self._pairs_until(k, path)
+        x, pairs = self.history[k][when]
         if x.size > FULL_MAX_DIM:
             return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
         inverse = np.array([_quasi_newton(row, pairs) for row in np.eye(x.size)])
         return Gaussian(x, _root(inverse))
-
-    def _pairs_until(self, k, path):
-        kept = []
-        for moved, turned in self.pairs[k]:
-            if any(np.array_equal(moved, b - a) for a, b in itertools.pairwise(path)):
-                kept.append((moved, turned))
-        return kept
 
     def modes(self, gaussian):
         """Ends of climbs that are no lower than the best by much, and apart in its units."""

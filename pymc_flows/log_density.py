@@ -146,7 +146,10 @@ def _scan_plainly(graphs, n_draws):
     while nodes := [n for n in _blockwise_scans(graphs) if n not in tried]:
         node = nodes[0]
         tried.add(node)
-        found = _batched_scan(node, n_draws)
+        try:
+            found = _batched_scan(node, n_draws)
+        except (NotImplementedError, TypeError, ValueError):
+            continue  # it stays a loop over the draws' loops: slower, and right
         if found is not None:
             replacements = dict(zip(node.outputs, found, strict=True))
             graphs = graph_replace(graphs, replacements, strict=False)

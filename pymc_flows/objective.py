@@ -67,16 +67,11 @@ class Target:
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log density (points,) in nats and score (points, dim) of unconstrained x (points, dim)."""
-        parts = []
-        for start in range(0, len(x), self.n_draws):
-            rows = x[start : start + self.n_draws]
-            missing = self.n_draws - len(rows)
-            padded = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
-            found = self.function(floatX(padded))
-            self.evaluations += self.n_draws
-            parts.append([np.asarray(part)[: len(rows)] for part in found])
-        log_p, score = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return log_p, score
+        return _in_batches(self._evaluate, x, self.n_draws)
+
+    def _evaluate(self, x):
+        self.evaluations += self.n_draws
+        return self.function(floatX(x))
 
 
 class Pulled:
@@ -110,18 +105,24 @@ class Pulled:
 
     def __call__(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log density (points,) and score (points, dim) of y (points, dim)."""
-        size, parts = self.target.n_draws, []
-        for start in range(0, len(y), size):
-            rows = y[start : start + size]
-            padded = floatX(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
-            x = np.asarray(self.function(padded, 0 * padded, self.weights)[0])
-            log_p, score = self.target(x)
-            # a score that is not finite stays so, whatever it is multiplied with
-            _, log_det, pulled = self.function(padded, floatX(score), self.weights)
-            log_p, pulled = log_p + np.asarray(log_det), np.asarray(pulled)
-            parts.append([log_p[: len(rows)], pulled[: len(rows)]])
-        log_p, score = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return log_p, score
+        return _in_batches(self._evaluate, y, self.target.n_draws)
+
+    def _evaluate(self, y):
+        y = floatX(y)
+        log_p, score = self.target(np.asarray(self.function(y, 0 * y, self.weights)[0]))
+        # a score that is not finite stays so, whatever it is multiplied with
+        _, log_det, pulled = self.function(y, floatX(score), self.weights)
+        return log_p + np.asarray(log_det), pulled
+
+
+def _in_batches(function, points, size):
+    """Apply a function of exactly ``size`` points to any number; the last batch repeats its last one."""
+    parts = []
+    for start in range(0, len(points), size):
+        rows = points[start : start + size]
+        padded = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+        parts.append([np.asarray(found)[: len(rows)] for found in function(padded)])
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _density_and_score(approx, x, vectorize, more_replacements=None, jacobian=True):

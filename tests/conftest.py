@@ -44,17 +44,26 @@ def normal():
     return model
 
 
-def eight_schools():
-    """Rubin 1981, non-centred; log evidence -31.31."""
+def eight_schools(centred=False):
+    """Rubin 1981; log evidence -31.31."""
     effects = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     errors = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     with pm.Model(coords={"school": list("ABCDEFGH")}) as model:
         mu = pm.Normal("mu", 0, 5)
         tau = pm.HalfCauchy("tau", 5)
-        eta = pm.Normal("eta", dims="school")
-        theta = pm.Deterministic("theta", mu + tau * eta, dims="school")
+        if centred:
+            theta = pm.Normal("theta", mu, tau, dims="school")
+        else:
+            eta = pm.Normal("eta", dims="school")
+            theta = pm.Deterministic("theta", mu + tau * eta, dims="school")
         pm.Normal("y", theta, errors, observed=effects, dims="school")
     return model
+
+
+@pytest.fixture
+def centred_schools():
+    """Eight schools in the form that is hard to sample."""
+    return eight_schools(centred=True)
 
 
 @pytest.fixture(scope="session")

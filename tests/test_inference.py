@@ -15,6 +15,7 @@ from scipy import stats
 
 from pymc_flows import NFVI, FlowApproximation, FlowGroup, NormalizingFlow, UnknownFlowError
 from pymc_flows.bijections import Loc
+from pymc_flows.objective import GRADIENTS
 
 TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 4, "initialize": False}
 
@@ -255,6 +256,11 @@ def test_wrong_arguments_of_fit_are_errors(normal, options, message):
         NFVI("realnvp").fit(1, **options)
 
 
+def test_an_unknown_gradient_is_an_error(normal):
+    with normal, pytest.raises(ValueError, match=r"gradient must be one of .*, got 'slt'"):
+        NFVI("realnvp").fit(gradient="slt")
+
+
 @pytest.mark.parametrize(("option", "value"), [("n", -1), ("obj_n_mc", 0)])
 def test_impossible_values_are_errors(normal, option, value):
     with normal, pytest.raises(ValueError, match=f"{option} must be at least .*, got {value}"):
@@ -283,12 +289,75 @@ def test_an_approximation_is_fitted_further(normal, python):
         inference = NFVI(approx, random_seed=1)
         assert inference.approx is approx
         inference.fit(3, obj_n_mc=2, progressbar=False)
-        again = NFVI(approx).fit(4, obj_n_mc=2, progressbar=False)
+        (group,), (param,) = approx.groups, approx.params
+        place, reached = group.loc, weights(approx)
+        again = NFVI(approx).fit(4, obj_n_mc=2, learning_rate=1e-9, progressbar=False)
         assert again is approx
         assert approx.hist.size == 7
+        assert group.loc is place
+        assert approx.params == [param]
+        assert_allclose(weights(approx), reached, atol=1e-7)
         gaussian = NFVI(MeanField()).fit(2, obj_n_mc=2, progressbar=False)
     assert type(gaussian) is FlowApproximation
     assert not any(isinstance(group, FlowGroup) for group in gaussian.groups)
+
+
+def test_a_gaussian_ends_with_the_affine_map_and_can_be_refined(python):
+    model, mean, sd, log_evidence = conjugate()
+    with model:
+        inference = NFVI("flow", random_seed=1)
+        approx = inference.fit(obj_n_mc=16, progressbar=False)
+        assert approx.fit_stats["steps"] == 0
+        assert approx.fit_stats["stopped"].startswith("the affine map fits")
+        assert_allclose(approx.fit_stats["start_elbo"], log_evidence, atol=1e-6)
+        assert_allclose(approx.mean.eval(mode=python), mean, atol=1e-3 * sd)
+        assert_allclose(approx.std.eval(mode=python), sd, rtol=1e-3)
+        inference.refine(5, progressbar=False)
+    assert approx.fit_stats["steps"] == 5
+    assert_allclose(approx.mean.eval(mode=python), mean, atol=0.05 * sd)
+
+
+def test_no_steps_leave_the_start_and_refine_goes_on_from_it(normal, python):
+    with normal:
+        inference = NFVI("realnvp", n_layers=1, hidden=(4,), random_seed=1)
+        approx = inference.fit(0, obj_n_mc=8, progressbar=False)
+        assert approx.fit_stats["stopped"] == "initialisation only"
+        assert approx.fit_stats["start_elbo"] > -10
+        inference.refine(3, progressbar=False)
+    assert approx.fit_stats["steps"] == 3
+
+
+def test_an_interrupt_before_the_first_step_leaves_the_start(normal, python, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NFVI, "_compile_step", interrupt)
+    options = {"method": "realnvp", "random_seed": 1, "obj_n_mc": 8, "progressbar": False}
+    with normal:
+        approx = pm.fit(**options)
+        assert "interrupted before the first step" in approx.fit_stats["stopped"]
+        assert approx.fit_stats["start_elbo"] > -10
+        assert approx.sample(2).posterior["a"].shape == (1, 2, 2)
+        with pytest.raises(KeyboardInterrupt):
+            pm.fit(**options, initialize=False)
+
+
+def test_moments_that_a_fit_leaves_behind_are_said_aloud(normal, python):
+    with normal:
+        inference = NFVI("scale-loc", random_seed=1)
+        tracker = Tracker(mean=inference.approx.mean.eval)
+        with pytest.warns(UserWarning, match="mean was taken before the fit found its start"):
+            inference.fit(1, obj_n_mc=4, callbacks=[tracker], progressbar=False)
+        inference.fit(1, obj_n_mc=4, callbacks=[tracker], progressbar=False)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_every_gradient_finds_a_conjugate_posterior(gradient, python):
+    model, mean, sd, _ = conjugate()
+    options = {"random_seed": 1, "obj_n_mc": 16, "learning_rate": 0.05}
+    approx = tiny(model, 600, gradient=gradient, **options)
+    assert_allclose(approx.mean.eval(mode=python), mean, atol=0.1 * sd)
+    assert_allclose(approx.std.eval(mode=python), sd, rtol=0.1)
 
 
 def test_include_transformed_shows_in_the_state(normal, python):
@@ -395,3 +464,14 @@ def test_eight_schools_with_no_arguments_are_good(schools_fit, schools_draws):
     assert list(posterior["school"].values) == list("ABCDEFGH")
     assert schools_fit.fit_stats["steps"] < 5000
     assert elbo > schools_fit.fit_stats["start_elbo"]
+
+
+@pytest.mark.slow
+def test_centred_eight_schools_are_as_good(centred_schools):
+    with centred_schools:
+        approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+        draws = approx.sample(4000, random_seed=1)
+    gaps = (draws.sample_stats["log_p"] - draws.sample_stats["log_q"]).values
+    elbo, error = gaps.mean(), gaps.std() / gaps.size**0.5
+    assert -31.31 - 0.1 < elbo < -31.31 + 3 * error
+    assert_allclose(draws.posterior["tau"].mean(), 3.6, atol=0.6)
