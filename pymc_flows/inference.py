@@ -109,7 +109,7 @@ class NFVI(Inference):
         annealing: int = 0,
         gradient: str = "stl",
         initialize: bool = True,
-        vectorize: bool = True,
+        vectorize: bool | None = None,
         obj_n_mc: int | None = None,
         obj_optimizer: Callable | None = None,
         total_grad_norm_constraint: float | None = None,
@@ -148,8 +148,10 @@ class NFVI(Inference):
             leaves the flow at the model's initial point, with unit scales. Not possible for
             minibatches, ``more_obj_params`` and ``more_replacements``, whose density changes. What
             was fitted before stays where it is, and is trained further.
-        vectorize : bool, default True
-            Evaluate the log density of all draws as one batch; False loops over them.
+        vectorize : bool, optional
+            Evaluate the log density of all draws as one batch, or loop over them. By default a
+            batch, but a loop where one draw's matrices are large or the model can't be batched
+            (which is said in a warning).
         obj_n_mc : int, default 64
             Draws a step.
         obj_optimizer : callable, optional

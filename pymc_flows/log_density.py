@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytensor
 import pytensor.tensor as pt
 from pymc.logprob.utils import (
@@ -27,6 +28,9 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
 
+# elements of a draw's matrix, of which 64 together no longer fit into a cache
+LARGE_MATRIX = 2**13
+
 
 def value_slices(approx: Approximation, x: TensorVariable) -> dict[str, TensorVariable]:
     """Cut x (draws, dim), in the groups' order, into the model's value variables by name."""
@@ -43,7 +47,7 @@ def value_slices(approx: Approximation, x: TensorVariable) -> dict[str, TensorVa
 def log_density(
     approx: Approximation,
     x: TensorVariable,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     more_replacements: Mapping[Variable, Variable] | None = None,
     model: Model | None = None,
     jacobian: bool = True,
@@ -79,7 +83,7 @@ def batch(
     graphs: Sequence[TensorVariable],
     model: Model,
     values: Mapping[str, TensorVariable],
-    vectorize: bool = True,
+    vectorize: bool | None = None,
 ) -> list[TensorVariable]:
     r"""Evaluate graphs of a model's value variables on a batch of values.
 
@@ -91,13 +95,17 @@ def batch(
         Whose value variables they are.
     values : mapping of str to TensorVariable
         Value variable's name to (draws, \*shape).
-    vectorize : bool
-        Batch the graph; otherwise, or with a warning if it can't be, scan over the draws.
+    vectorize : bool, optional
+        Batch the graph, or scan over the draws. By default, what is faster: a scan where a draw's
+        own matrices are large, and a batch otherwise; and, with a warning, a scan where a graph
+        can't be batched.
     """
     first = next(iter(values.values()))
     n_draws = first.shape[0] if first.type.shape[0] is None else first.type.shape[0]
     graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
+    if vectorize is None:
+        vectorize = not _has_large_matrices(graphs, replacements)
     if vectorize:
         try:
             batched = vectorize_graph(graphs, replacements)
@@ -113,6 +121,17 @@ def batch(
             batched = _scan_plainly(_join_plainly(batched, n_draws), n_draws)
             return [_with_draws(b, g, n_draws) for b, g in zip(batched, graphs, strict=True)]
     return _loop(graphs, replacements)
+
+
+def _has_large_matrices(graphs, values):
+    """Whether one draw's matrices fill a processor's cache, so that a batch of them would leave it."""
+    for variable in ancestors(graphs):
+        shape = getattr(variable.type, "shape", ())
+        if sum(n != 1 for n in shape) < 2 or None in shape or np.prod(shape) < LARGE_MATRIX:
+            continue
+        if any(v in values for v in ancestors([variable])):
+            return True
+    return False
 
 
 def _refuse_branches(graphs):

@@ -31,7 +31,7 @@ class Target:
         Says where in a point each variable lies.
     n_draws : int
         Points a call; static, so that JAX can compile.
-    vectorize : bool, default True
+    vectorize : bool, optional
         As in :func:`build_objective`.
     backend, compile_kwargs
         As in :func:`pymc_flows.compilation.compile_function`.
@@ -49,7 +49,7 @@ class Target:
         approx: FlowApproximation,
         n_draws: int,
         *,
-        vectorize: bool = True,
+        vectorize: bool | None = None,
         backend: str | None = None,
         compile_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -176,7 +176,7 @@ def build_objective(
     gradient: str = "stl",
     split: bool = False,
     annealed: bool = False,
-    vectorize: bool = True,
+    vectorize: bool | None = None,
     more_params: Sequence[Variable] = (),
     more_replacements: Mapping[Variable, Variable] | None = None,
 ) -> Objective:
@@ -198,9 +198,9 @@ def build_objective(
     annealed : bool, default False
         Leave the Jacobians of the model's transforms untempered: a bounded variable's density then
         becomes flat between its bounds, and not on the whole line. Not with ``split``.
-    vectorize : bool, default True
-        Evaluate the log density of all draws as one batch; otherwise, and where that is
-        impossible (said in a warning), loop over the draws.
+    vectorize : bool, optional
+        Evaluate the log density of all draws as one batch, or loop over them; by default as
+        :func:`pymc_flows.log_density.batch` finds faster.
     more_params : sequence of Variable
         Trainable variables beyond ``approx.params``.
     more_replacements : mapping of Variable to Variable, optional

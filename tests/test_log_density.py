@@ -102,6 +102,25 @@ def test_what_cannot_be_vectorised_is_looped_over_and_said_aloud(python):
     log_density(approx, x, vectorize=False)  # without a warning, which would be an error
 
 
+def test_large_matrices_of_a_draw_are_not_batched_unless_asked(python):
+    with pm.Model() as model:
+        scale = pm.HalfNormal("scale")
+        points = np.linspace(0, 1, 100)
+        apart = np.abs(points[:, None] - points)
+        pm.MvNormal("y", np.zeros(100), cov=pt.exp(-apart / scale), observed=np.ones(100))
+        pm.Normal("z", scale, 1, observed=np.ones((100, 100)))
+    approx = approximation_of(model, "scale")
+    x = pt.constant(np.zeros((3, 1)))
+    assert uses_scan(log_density(approx, x))
+    assert not uses_scan(log_density(approx, x, vectorize=True))
+    with pm.Model() as regression:
+        slope = pm.Normal("slope", shape=100)
+        pm.Normal("y", np.ones((1000, 100)) @ slope, observed=np.ones(1000))
+    assert not uses_scan(
+        log_density(approximation_of(regression, "slope"), pt.constant(np.zeros((3, 100))))
+    )
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_a_failed_parameter_check_is_its_own_draws_alone(python, vectorize):
     with pm.Model() as model:
