@@ -141,7 +141,7 @@ class FlowGroup(Group):
         """
         if layers is not None:
             self.layers = layers
-        self.loc = loc
+        self.loc, self.factor = loc, factor
         last: list[Bijection] = [Whitening(self.ddim, loc, factor)]
         if isinstance(self.layers, Chain) and isinstance(self.layers.layers[-1], Tails):
             # tails belong to the variables, so what correlates them stands before
@@ -174,6 +174,16 @@ class FlowGroup(Group):
             old.set_value(weights.get_value())
         else:
             self.shared_params = {"weights": weights}
+
+    def grow(self, n_layers: int) -> None:
+        """Put more layers like the first nearest the noise; the others keep their weights."""
+        assert isinstance(self.layers, Chain)
+        first = self.layers.layers[0]
+        weights = self.shared_params["weights"].get_value()
+        self.restart(Chain([first] * n_layers + list(self.layers.layers)), self.loc, self.factor)
+        grown = self.shared_params["weights"].get_value()
+        grown[grown.size - weights.size :] = weights
+        self.shared_params["weights"].set_value(grown)
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
@@ -208,8 +218,13 @@ class FlowGroup(Group):
 
     @property
     def on_ladder(self) -> bool:
-        """Whether a fit may end with an affine map alone: the default family with trainable weights."""
+        """Whether a fit may choose the flow's size: the default family with weights of its own."""
         return self._is_default and self.shared_params is not None
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether a fit may add layers: on the ladder, and their number was not asked for."""
+        return self.on_ladder and "n_layers" not in self.flow_options
 
     @property
     def _is_default(self):

@@ -16,12 +16,15 @@ from pymc.progress_bar import default_progress_theme
 from pymc.variational.inference import Inference
 from pymc.variational.operators import KL
 from pymc.variational.opvi import Approximation, Group
+from threadpoolctl import threadpool_limits
 
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
 from pymc_flows.bijections import Bijection
+from pymc_flows.compilation import prefers_jax
 from pymc_flows.families import FAMILIES, affine_map, canonical, nearest
+from pymc_flows.importance import Weighing
 from pymc_flows.initialization import NoStartError, Start, find_start, fits
-from pymc_flows.log_density import has_minibatch
+from pymc_flows.log_density import has_minibatch, largest_side
 from pymc_flows.objective import GRADIENTS, Pulled, Target, build_objective
 from pymc_flows.training import Run, Schedule, Step, explain_failure, settle, train
 
@@ -29,6 +32,16 @@ DEFAULT_STEPS = 5000
 DEFAULT_DRAWS = 64
 DEFAULT_RATE = 1e-2
 REFINE_RATE = 0.2
+# a side from which on several threads speed up a matrix's factorisation
+SMALL_SIDE = 256
+# draws by which states are chosen, and the last one is weighed
+CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
+# effective share of draws with which a fit may end before its loss stops falling
+ENOUGH = 0.95
+# and with which it is not worth polishing what will grow
+HOPELESS = 0.5
+# what a fit goes on with where the weights of what it reached are uneven
+MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
 FIT_OPTIONS = (
     "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
     "learning_rate", "annealing", "gradient", "initialize", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
@@ -89,11 +102,11 @@ class NFVI(Inference):
         super().__init__(KL, approx, None)
         self.hist = approx.hist
         self._step: Step | None = None
-        self._compile: Callable[[], None] | None = None
+        self._compile: Callable[[int], None] | None = None
         self._target: Target | None = None
         self._start: Start | None = None
         self._fit_options: dict[str, Any] = {}
-        self._steps_taken = 0
+        self._steps_taken = self._evaluations = 0
 
     def fit(
         self,
@@ -152,8 +165,9 @@ class NFVI(Inference):
             Evaluate the log density of all draws as one batch, or loop over them. By default a
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
-        obj_n_mc : int, default 64
-            Draws a step.
+        obj_n_mc : int, optional
+            Draws a step. By default 64, and 256 in a second stage, after which the flow also has
+            more layers, where the weights of what the first reached are uneven.
         obj_optimizer : callable, optional
             One of PyMC's, such as ``pm.adam(learning_rate=1e-3)``, in place of ours; it then has no
             schedule and no adaptive clipping.
@@ -194,6 +208,7 @@ class NFVI(Inference):
             "score": self._maybe_score(score),
             "theme": progressbar_theme,
             "rate": rate,
+            "n_draws": n_draws,
         }
         self.approx.fit_stats = {
             "gradient_evaluations": 0,
@@ -204,31 +219,42 @@ class NFVI(Inference):
             "invalid_draws": 0,
             "roll_backs": 0,
         }
-        self._fit(
-            n, n_draws, rate, annealing, gradient, initialize, progressbar,
-            {
-                "vectorize": vectorize,
-                "more_params": more_obj_params or (),
-                "more_replacements": more_replacements,
-            },
-            {
-                "optimizer": obj_optimizer,
-                "max_norm": total_grad_norm_constraint,
-                "more_updates": more_updates,
-                "backend": backend,
-                "compile_kwargs": compile_kwargs,
-            },
-        )  # fmt: skip
+        with _few_threads(self.approx.model, backend, compile_kwargs):
+            self._fit(
+                n, n_draws, rate, annealing, gradient, initialize, obj_n_mc is None, progressbar,
+                {
+                    "vectorize": vectorize,
+                    "more_params": more_obj_params or (),
+                    "more_replacements": more_replacements,
+                },
+                {
+                    "optimizer": obj_optimizer,
+                    "max_norm": total_grad_norm_constraint,
+                    "more_updates": more_updates,
+                    "backend": backend,
+                    "compile_kwargs": compile_kwargs,
+                },
+            )  # fmt: skip
         return self.approx
 
     def _fit(
-        self, n, n_draws, rate, annealing, gradient, initialize, progressbar, density, options
+        self,
+        n,
+        n_draws,
+        rate,
+        annealing,
+        gradient,
+        initialize,
+        growing,
+        progressbar,
+        density,
+        options,
     ):
         """Search for a start, stop there if it is good, and train otherwise."""
         approx, seconds = self.approx, self.approx.fit_stats["seconds"]
         flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
         target, good = None, False
-        self._start, self._step, self._steps_taken = None, None, 0
+        self._start, self._step, self._steps_taken, self._evaluations = None, None, 0, 0
         changes = density["more_params"] or density["more_replacements"]
         if (initialize or n > 0) and not (changes or has_minibatch(approx.model)):
             with approx.model, _timed(seconds, "compile"):
@@ -241,7 +267,12 @@ class NFVI(Inference):
                 )
         self._target = target
         self._compile = functools.partial(
-            self._compile_step, target, n_draws, gradient, annealing > 0, density, options
+            self._compile_step,
+            target=target,
+            gradient=gradient,
+            annealed=annealing > 0,
+            density=density,
+            options=options,
         )
         if target is not None and initialize and not any(group.fitted for group in flows):
             with _timed(seconds, "start"):
@@ -255,18 +286,65 @@ class NFVI(Inference):
             self._record(Run(stopped="the affine map fits: its importance weights are even"))
             return
         try:
-            self._compile()
+            self._compile(n_draws)
         except KeyboardInterrupt:
             if self._start is None:
                 raise
             self._record(Run(stopped="interrupted before the first step: this is the start"))
             return
         window = 50 if options["optimizer"] is None else 0
-        self._train(n, Schedule(rate, n, annealing, window), progressbar)
+        run = self._train(n, Schedule(rate, n, annealing, window), progressbar, growing)
         for group in flows:
             group.fitted = True
+        if self._start is None or not self._step.has_rate:
+            return
+        weighing = self._weigh()
+        n -= run.losses.size
+        if growing and not (weighing.even or run.interrupted or n < LEAST_STEPS):
+            self._grow(flows)
+            self._train(n, Schedule(rate, n), progressbar)
+            weighing = self._weigh()
+        if not weighing.even:
+            self._warn_of(weighing)
 
-    def _compile_step(self, target, n_draws, gradient, annealed, density, options) -> None:
+    def _grow(self, flows) -> None:
+        """Go on with more draws a step and, where the flow may grow, more layers."""
+        for group in flows:
+            if group.may_grow:
+                group.grow(MORE_LAYERS)
+        self.approx.forget_functions()
+        self._evaluations += self._step.evaluations
+        self._compile(MORE_DRAWS * self._step.n_draws)
+
+    def _weigh(self) -> Weighing:
+        seed = int(self.approx.rng.randint(2**30))
+        weighing = self._step.judge(seed, -(-WEIGHED_DRAWS // self._step.n_draws)).weigh()
+        self.approx.fit_stats["ess"] = weighing.ess
+        return weighing
+
+    def _look(self, growing: bool) -> str:
+        """Reason to end training, by the importance weights, or nothing."""
+        weighing = self._weigh()
+        if weighing.ess > ENOUGH and weighing.even:
+            return "the importance weights are even"
+        if growing and weighing.ess < HOPELESS and not weighing.even:
+            return "the importance weights are uneven, and a larger flow may do better"
+        return ""
+
+    def _warn_of(self, weighing: Weighing) -> None:
+        names = [name for group in self.approx.groups for name in _labels(group)]
+        shifted, changed = int(weighing.shift.argmax()), int(weighing.change.argmax())
+        warnings.warn(
+            f"the fit's importance weights are uneven (effective sample size {weighing.ess:.0%} of "
+            f"the draws): they would move the mean of {names[shifted]} by "
+            f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
+            f"{weighing.change[changed]:.0%}, or more where the draws do not reach. Compare with "
+            "pm.sample before trusting it, or try another family",
+            UserWarning,
+            stacklevel=6,
+        )
+
+    def _compile_step(self, n_draws, *, target, gradient, annealed, density, options) -> None:
         approx = self.approx
         with approx.model, _timed(approx.fit_stats["seconds"], "compile"):
             # a model that JAX can't compile must not take the flow with it
@@ -361,7 +439,7 @@ class NFVI(Inference):
         if self._compile is None:
             raise TypeError("Need to call `.fit` first")
         if self._step is None:
-            self._compile()
+            self._compile(self._fit_options["n_draws"])
         if progressbar_theme is not None:
             self._fit_options["theme"] = progressbar_theme
         rate = REFINE_RATE * self._fit_options["rate"] if learning_rate is None else learning_rate
@@ -384,7 +462,7 @@ class NFVI(Inference):
         assert self._step is not None
         return self._step.function.profile
 
-    def _train(self, n, schedule, progressbar):
+    def _train(self, n, schedule, progressbar, growing=False) -> Run:
         options, approx = self._fit_options, self.approx
         run = Run(stopped="initialisation only")
         try:
@@ -395,6 +473,7 @@ class NFVI(Inference):
                     schedule,
                     n,
                     callbacks=options["callbacks"],
+                    look=functools.partial(self._look, growing) if self._start else None,
                     score=options["score"],
                     steps_before=self._steps_taken,
                     progressbar=progressbar,
@@ -408,6 +487,7 @@ class NFVI(Inference):
         approx.hist = self.hist
         self._steps_taken += run.losses.size
         self._record(run)
+        return run
 
     def _choose(self, run: Run) -> None:
         """End in the state with the best ELBO, judged on fresh draws common to all."""
@@ -422,7 +502,7 @@ class NFVI(Inference):
         for name, state in run.states.items():
             for param, value in zip(params, state, strict=True):
                 param.set_value(value.copy())
-            found[name] = self._step.elbo(seed)
+            found[name] = self._step.judge(seed, -(-CHOICE_DRAWS // self._step.n_draws)).elbo
         best = max(found, key=found.__getitem__)
         for param, value in zip(params, run.states[best], strict=True):
             param.set_value(value.copy())
@@ -433,7 +513,7 @@ class NFVI(Inference):
         stats = self.approx.fit_stats
         n_draws = self._step.n_draws if self._step else 0
         stats["steps"] += run.losses.size
-        stats["gradient_evaluations"] = sum(
+        stats["gradient_evaluations"] = self._evaluations + sum(
             counter.evaluations for counter in (self._target, self._step) if counter is not None
         )
         stats["seconds"]["training"] += run.seconds
@@ -450,6 +530,13 @@ class NFVI(Inference):
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _few_threads(model, backend, compile_kwargs):
+    """Keep linear algebra on JAX to one thread where matrices are small: more would wait busily."""
+    if prefers_jax(backend, compile_kwargs) and largest_side(model) <= SMALL_SIDE:
+        return threadpool_limits(1, user_api="blas")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -482,6 +569,13 @@ def _joint(flow, model, random_seed) -> FlowApproximation:
             if isinstance(group, FlowGroup) and not group.seeded:
                 group.reseed(int(seed))
     return approx
+
+
+def _labels(group):
+    """Name of each element of a group's variables, in the flat vector's order."""
+    for name, _, shape, _ in group.ordering.values():
+        for index in np.ndindex(*shape):
+            yield f"{name}{list(index) if index else ''}"
 
 
 def _check_fit_options(kwargs, approx):

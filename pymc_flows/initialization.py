@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pymc_flows.importance import weigh
+
 Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 FULL_MAX_DIM = 300
@@ -188,18 +190,12 @@ def fits(
     log_p, _ = target(gaussian.draws(noise))
     if not np.isfinite(log_p).all():
         return False
-    log_weights = log_p - gaussian.log_density(noise)
-    weights = np.exp(log_weights - log_weights.max())
-    weights /= weights.sum()
-    if 1 / (weights**2).sum() < 0.5 * n_draws:
-        return False
-    change = weights - 1 / n_draws
-    for moments, limit in ((noise, 0.05), (noise**2 - 1, 0.1)):
-        moved = np.abs(change @ moments)
-        error = np.sqrt((change**2) @ moments**2)
-        if (moved - error).max() > limit or moved.max() > 1.5 * limit:
-            return False
-    return True
+    found = weigh(log_p - gaussian.log_density(noise), noise)
+    return (
+        found.ess > 0.5
+        and max(found.clear_shift / 0.05, found.clear_change / 0.1) < 1
+        and max(found.shift.max() / 0.05, found.change.max() / 0.1) < 1.5
+    )
 
 
 def _first_points(target, initial, rng):

@@ -123,15 +123,29 @@ def batch(
     return _loop(graphs, replacements)
 
 
-def _has_large_matrices(graphs, values):
-    """Whether one draw's matrices fill a processor's cache, so that a batch of them would leave it."""
+def _matrices(graphs, values):
+    """Static shapes of the matrices that are computed from values."""
     for variable in ancestors(graphs):
         shape = getattr(variable.type, "shape", ())
-        if sum(n != 1 for n in shape) < 2 or None in shape or np.prod(shape) < LARGE_MATRIX:
-            continue
-        if any(v in values for v in ancestors([variable])):
-            return True
-    return False
+        if sum(n != 1 for n in shape) > 1 and any(v in values for v in ancestors([variable])):
+            yield shape
+
+
+def _has_large_matrices(graphs, values):
+    """Whether one draw's matrices fill a processor's cache, so that a batch of them would leave it."""
+    return any(
+        None not in shape and np.prod(shape) >= LARGE_MATRIX for shape in _matrices(graphs, values)
+    )
+
+
+def largest_side(model: Model) -> float:
+    """Longest side of the matrices that a model computes from its variables; inf if it is not known."""
+    sides = [
+        np.inf if n is None else n
+        for shape in _matrices([model.logp()], set(model.value_vars))
+        for n in shape
+    ]
+    return max(sides, default=0)
 
 
 def _refuse_branches(graphs):

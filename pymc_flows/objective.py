@@ -151,6 +151,8 @@ class Objective:
         Negative ELBO, the mean over the valid draws of ``log q - temper log p``, in nats; divided by the
         minibatch's scaling where ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
         ``gradient="dreg"``, the negative importance-weighted bound over the draws.
+    log_weights : TensorVariable
+        (draws,), ``temper log p - log q``; -inf where a draw is not valid.
     n_valid : TensorVariable
         How many draws had a finite log density and gradient. The others are left out.
     params : list of Variable
@@ -164,6 +166,7 @@ class Objective:
     x: TensorVariable
     density: list[TensorVariable]
     loss: TensorVariable
+    log_weights: TensorVariable
     n_valid: TensorVariable
     params: list[Variable]
     gradients: list[TensorVariable]
@@ -236,10 +239,10 @@ def build_objective(
     )
     weight = valid.astype(x.dtype) / (count * scaling)
     known: dict[Any, Any]
+    log_weights = pt.switch(valid, log_p - log_q, -np.inf)
     if gradient == "dreg":
-        log_weight = pt.switch(valid, log_p - log_q, -np.inf)
-        largest = pt.switch(n_valid > 0, log_weight.max(), 0)
-        ratio = pt.exp(log_weight - largest)
+        largest = pt.switch(n_valid > 0, log_weights.max(), 0)
+        ratio = pt.exp(log_weights - largest)
         total = pt.maximum(ratio.sum(), np.finfo(x.dtype).tiny)
         loss = -(largest + pt.log(total) - pt.log(count)) / scaling
         share = ratio / total
@@ -253,7 +256,7 @@ def build_objective(
             known[log_q] = weight
     params = [*approx.params, *more_params]
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
-    return Objective(noise, temper, x, inputs, loss, n_valid, params, gradients)
+    return Objective(noise, temper, x, inputs, loss, log_weights, n_valid, params, gradients)
 
 
 def _minibatch_scaling(approx, noise):

@@ -18,6 +18,7 @@ from rich.progress import Progress, TextColumn
 
 from pymc_flows.approximation import FlowApproximation
 from pymc_flows.compilation import compile_function
+from pymc_flows.importance import Weighing, weigh
 from pymc_flows.log_density import batch, log_density, value_slices
 from pymc_flows.objective import Objective, Target
 
@@ -180,7 +181,7 @@ class Step:
         self.updated = list(updates)
         self.function = compile_function(
             [*objective.noise, *objective.density, objective.temper, rate, clip],
-            [objective.loss, objective.n_valid, norm, ok],
+            [objective.loss, objective.n_valid, norm, ok, objective.x, objective.log_weights],
             updates=updates,
             random_seed=seed,
             backend=backend,
@@ -215,7 +216,7 @@ class Step:
         t = self.n_accepted + 1
         if self.has_rate:
             rate *= math.sqrt(1 - BETA2**t) / (1 - BETA1**t)
-        loss, n_valid, norm, ok = self._call(noise, temper, rate, clip)
+        loss, n_valid, norm, ok, *_ = self._call(noise, temper, rate, clip)
         accepted = bool(ok)
         if accepted:
             self.n_accepted = t
@@ -235,23 +236,49 @@ class Step:
             *noise, *density, *(floatX(np.asarray(v)) for v in (temper, rate, clip))
         )
 
-    def elbo(self, seed: int, n_batches: int = 16) -> float:
-        """ELBO of the present parameters over fresh draws; -inf where most of them are invalid.
+    def judge(self, seed: int, n_batches: int) -> Judgement:
+        """Draw afresh from the present parameters and weigh the draws.
 
         With a rate of zero the step changes nothing but the optimizer's memory, which is put back.
         """
         rng = np.random.default_rng(seed)
         memory = [variable.get_value() for variable in self.updated]
-        losses, counts = np.zeros(n_batches), np.zeros(n_batches)
-        for i in range(n_batches):
+        parts = []
+        for _ in range(n_batches):
             noise = [floatX(rng.standard_normal(shape)) for shape in self.shapes]
-            loss, n_valid, *_ = self._call(noise, 1.0, 0.0, 1.0)
-            losses[i], counts[i] = loss, n_valid
+            *_, x, log_weights = self._call(noise, 1.0, 0.0, 1.0)
+            parts.append((np.asarray(x), np.asarray(log_weights)))
         for variable, value in zip(self.updated, memory, strict=True):
             variable.set_value(value)
-        if counts.sum() < 0.5 * n_batches * self.n_draws or not np.isfinite(losses).all():
-            return -math.inf
-        return -float(np.average(losses, weights=counts))
+        return Judgement(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Fresh draws of an approximation, weighed.
+
+    Attributes
+    ----------
+    x : ndarray
+        (draws, dim), unconstrained.
+    log_weights : ndarray
+        (draws,), log p less log q in nats; -inf where the model has no density.
+    """
+
+    x: np.ndarray
+    log_weights: np.ndarray
+
+    @property
+    def elbo(self) -> float:
+        """Evidence lower bound over the valid draws, in nats; -inf where most are invalid."""
+        valid = np.isfinite(self.log_weights)
+        return float(self.log_weights[valid].mean()) if valid.mean() >= 0.5 else -math.inf
+
+    def weigh(self) -> Weighing:
+        """What the weights would change, of the draws that are valid."""
+        valid = np.isfinite(self.log_weights) & np.isfinite(self.x).all(axis=1)
+        x = self.x[valid]
+        return weigh(self.log_weights[valid], (x - x.mean(axis=0)) / x.std(axis=0))
 
 
 def _adam(gradients, params, rate):
@@ -276,6 +303,8 @@ class Run:
         Loss of each step taken, in nats; NaN where a step was skipped.
     stopped : str
         Why it ended.
+    interrupted : bool
+        Whether by a callback or Ctrl-C.
     nonfinite_steps, invalid_draws : int
         Steps skipped, and draws left out of the others.
     roll_backs : int
@@ -288,6 +317,7 @@ class Run:
 
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     stopped: str = ""
+    interrupted: bool = False
     nonfinite_steps: int = 0
     invalid_draws: int = 0
     roll_backs: int = 0
@@ -302,6 +332,7 @@ def train(
     n_steps: int,
     *,
     callbacks: Sequence[Callable] = (),
+    look: Callable[[], str] | None = None,
     score: bool = True,
     steps_before: int = 0,
     progressbar: bool = True,
@@ -321,6 +352,8 @@ def train(
         How many steps.
     callbacks : sequence of callable
         Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the run.
+    look : callable, optional
+        Asked after each cut of the rate for a reason to end the run, or nothing.
     score : bool
         Whether callbacks get the losses; None otherwise.
     steps_before : int
@@ -374,14 +407,20 @@ def train(
                     run.roll_backs += 1
                 if schedule.settling() or 4 * n_taken > 3 * n_steps:
                     keeper.average(n_taken)
-                if over := schedule.observe(losses[:n_taken]):
+                n_cuts = schedule.n_cuts
+                over = schedule.observe(losses[:n_taken])
+                if not over and schedule.n_cuts > n_cuts and look is not None:
+                    over = look()
+                if over:
                     run.stopped = over
                     progress.update(task, completed=n_steps, loss=trend(losses[:n_taken]))
                     break
         except KeyboardInterrupt:
             run.stopped = f"interrupted after {n_taken} of {n_steps} steps"
+            run.interrupted = True
         except StopIteration as stop:
             run.stopped = str(stop) or f"a callback ended it after {n_taken} steps"
+            run.interrupted = True
         finally:
             run.losses = losses[:n_taken]
             run.seconds = time.perf_counter() - started
