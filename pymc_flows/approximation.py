@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ from pymc_flows.families import (
 from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
 from pymc_flows.noncentering import Noncentering, find_noncentering
 
+# what a flow is and where it stands, beside the values of its parameters
+_STATE = ("layers", "noncentering", "loc", "factor", "shared_params", "fitted")
 MOMENT_DRAWS = 8192
 CHUNK_DRAWS = 1000
 CHUNK_ELEMENTS = 2**24
@@ -76,9 +79,10 @@ class FlowGroup(Group):
         Taken from the context otherwise.
     options : dict, optional
         The family's options; they can as well be given as keywords.
-    start : dict, optional
-        Values, by variable, at which the flow is centred, in the model's own space; the model's
-        initial point otherwise.
+    start : dict, DataTree or Approximation, optional
+        Where a fit starts to search: values, by variable, in the model's own space; or draws of all
+        variables or an earlier approximation, whose mean and covariance are then taken in place
+        of a search. The model's initial point otherwise.
     **kwargs
         The family's options.
 
@@ -120,8 +124,15 @@ class FlowGroup(Group):
             self.noncentering = find_noncentering(
                 self.model, list(self.ordering.values()), self.ddim
             )
+        start = self._kwargs.get("start")
+        self.start_draws: np.ndarray | None = None
+        if isinstance(start, Dataset | DataTree | Approximation):
+            self.start_draws = self._draws_to_start_from(start)
+            self.first_loc = self.start_draws.mean(axis=0)
+        else:
+            self.first_loc = self._prepare_start(start)
         self.place(
-            self._prepare_start(self._kwargs.get("start")),
+            self.first_loc,
             np.ones(self.ddim),
             build_flow(self.flow, self.ddim, self.flow_options),
         )
@@ -165,9 +176,11 @@ class FlowGroup(Group):
                 stacklevel=6,
             )
 
-    def restart(self, layers: Bijection, loc: np.ndarray, factor: np.ndarray) -> None:
-        """Become another flow, with weights of its own; where it is the same one, they are drawn anew."""
+    def restart(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+        """As :meth:`place`, with weights drawn anew."""
         self.place(loc, factor, layers)
+        if self.shared_params is None:
+            return
         weights = self._initial_weights()["weights"]
         old = self.shared_params["weights"]
         if old.type.shape == weights.type.shape:
@@ -175,12 +188,34 @@ class FlowGroup(Group):
         else:
             self.shared_params = {"weights": weights}
 
+    def forget(self) -> None:
+        """Go back to where the flow was made, with weights drawn anew."""
+        self.layers = build_flow(self.flow, self.ddim, self.flow_options)
+        if self.noncentering is not None:
+            self.noncentering = replace(self.noncentering, start=Noncentering.start)
+        self.fitted = False
+        self.restart(self.first_loc, np.ones(self.ddim))
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember the flow as it is; calling what is returned brings it back."""
+        kept = {name: getattr(self, name) for name in _STATE}
+        values = [np.array(p.get_value()) for p in self.params]
+
+        def bring_back():
+            self.__dict__.update(kept)
+            self.place(self.loc, self.factor)
+            for param, value in zip(self.params, values, strict=True):
+                param.set_value(value)
+
+        return bring_back
+
     def grow(self, n_layers: int) -> None:
         """Put more layers like the first nearest the noise; the others keep their weights."""
         assert isinstance(self.layers, Chain)
         first = self.layers.layers[0]
         weights = self.shared_params["weights"].get_value()
-        self.restart(Chain([first] * n_layers + list(self.layers.layers)), self.loc, self.factor)
+        more = Chain([first] * n_layers + list(self.layers.layers))
+        self.restart(self.loc, self.factor, more)
         grown = self.shared_params["weights"].get_value()
         grown[grown.size - weights.size :] = weights
         self.shared_params["weights"].set_value(grown)
@@ -195,6 +230,22 @@ class FlowGroup(Group):
         self.rng = np.random.RandomState(random_seed)
         if self.shared_params is not None:
             self.shared_params["weights"].set_value(self._initial_weights()["weights"].get_value())
+
+    def _draws_to_start_from(self, start) -> np.ndarray:
+        """Draws (draws, dim) of this group's variables, unconstrained."""
+        if isinstance(start, Approximation):
+            start = start.sample(1000, random_seed=0)
+        values = unconstrained_draws(self.model, start)
+        draws = np.concatenate([values[name].reshape((-1, n)) for name, n in self._sizes()], axis=1)
+        if len(draws) < 2 or not np.isfinite(draws).all():
+            raise ParametrizationError(
+                "start must hold at least 2 draws, all finite on the unconstrained space, "
+                f"got {len(draws)} of which {np.isfinite(draws).all(axis=1).sum()} are finite"
+            )
+        return draws
+
+    def _sizes(self):
+        return [(name, where.stop - where.start) for name, where, *_ in self.ordering.values()]
 
     def _prepare_start(self, start=None):
         """Return the start, unconstrained and flat, in this group's order of variables."""
@@ -641,8 +692,8 @@ class NormalizingFlow(FlowApproximation):
         Taken from the context otherwise.
     random_seed : int, optional
         Of the initial weights and the noise.
-    start : dict, optional
-        Where the flow is centred, in the model's own space.
+    start : dict, DataTree or Approximation, optional
+        Where a fit starts, as in :class:`FlowGroup`.
     params : dict, optional
         ``{"weights": vector}``, instead of trainable weights of its own.
     **options
@@ -785,6 +836,25 @@ def _unconstrain(model, rows):
     )
     batched = vectorize_graph(graphs, dict(zip(points, rows, strict=True)))
     return batched[: len(values)], batched[len(values) :]
+
+
+def unconstrained_draws(model: pm.Model, points) -> dict[str, np.ndarray]:
+    r"""Draws of all free variables as their unconstrained values, by the value variables' names.
+
+    Parameters
+    ----------
+    model : Model
+        Whose variables they are.
+    points : mapping of str to array, Dataset or DataTree
+        As in :meth:`FlowApproximation.log_density`, constrained.
+    """
+    arrays = _arrays(points, [rv.name for rv in model.free_RVs], model)
+    flat, _ = _rows(arrays, _shapes(model, {}, constrained=True))
+    rows = [pt.constant(flat[rv.name]) for rv in model.free_RVs]
+    values, _ = _unconstrain(model, rows)
+    found = pytensor.function([], values, mode="FAST_COMPILE")()
+    names = [model.rvs_to_values[rv].name for rv in model.free_RVs]
+    return dict(zip(names, found, strict=True))
 
 
 def _dataset(model, values):

@@ -105,7 +105,12 @@ class NoStartError(ValueError):
     """No point with a finite log density and gradient was found."""
 
 
-def find_start(target: Density, initial: np.ndarray, rng: np.random.Generator) -> Start:
+def find_start(
+    target: Density,
+    initial: np.ndarray,
+    rng: np.random.Generator,
+    draws: np.ndarray | None = None,
+) -> Start:
     """Find a Gaussian near a posterior.
 
     Several climbs (L-BFGS, Nocedal & Wright 2006, algorithm 7.4) look for modes; a damped Newton
@@ -122,12 +127,20 @@ def find_start(target: Density, initial: np.ndarray, rng: np.random.Generator) -
         (dim,), where the search begins.
     rng : Generator
         Of the further points where it begins.
+    draws : ndarray, optional
+        (draws, dim), thought to be near the posterior: the Gaussian with their mean and covariance
+        takes the place of the search.
 
     Raises
     ------
     NoStartError
         If no starting point has a finite log density and gradient.
     """
+    if draws is not None:
+        given = _gaussian_of(draws)
+        gaussian = _best(target, [settle(target, given, rng), given], rng)
+        if np.isfinite(gaussian.elbo):
+            return Start(gaussian, gaussian.loc[None])
     points, log_p, score = _first_points(target, initial, rng)
     climb = _Climb(target, points, log_p, score)
     climb.run()
@@ -142,15 +155,28 @@ def find_start(target: Density, initial: np.ndarray, rng: np.random.Generator) -
         found.sort(key=lambda g: -g.elbo)
     n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
     settled = [settle(target, g, rng) for g in found[:n_settled]]
-    fresh = balanced_noise(rng, 256, initial.size)
-    gaussian = max((judge(target, g, fresh) for g in [*settled, found[0]]), key=lambda g: g.elbo)
+    gaussian = _best(target, [*settled, found[0]], rng)
     modes = climb.modes(gaussian)
     if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
-        broad = judge(target, around(modes, gaussian), fresh)
+        broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
     return Start(gaussian, modes)
+
+
+def _best(target, gaussians, rng):
+    """The highest ELBO, judged on fresh draws common to all, each less what may be luck."""
+    fresh = balanced_noise(rng, 256, gaussians[0].loc.size)
+    return max((judge(target, g, fresh) for g in gaussians), key=lambda g: g.elbo - g.elbo_se)
+
+
+def _gaussian_of(draws):
+    """Gaussian with the draws' mean and, where they are enough to tell, their covariance."""
+    loc, away = draws.mean(axis=0), draws - draws.mean(axis=0)
+    if len(draws) < 3 * loc.size or loc.size > FULL_MAX_DIM:
+        return Gaussian(loc, np.maximum(away.std(axis=0, ddof=1), 1e-12))
+    return Gaussian(loc, _root(away.T @ away / (len(draws) - 1)))
 
 
 def around(modes: np.ndarray, gaussian: Gaussian) -> Gaussian:

@@ -88,7 +88,7 @@ class Pulled:
     """
 
     def __init__(self, target, layer, *, backend=None, compile_kwargs=None) -> None:
-        self.target = target
+        self.target, self.layer = target, layer
         y, score = (pt.matrix(shape=(target.n_draws, target.dim)) for _ in range(2))
         self.flat = pt.vector("weights", shape=(layer.n_weights,))
         x, log_det = layer.forward(y, Params(self.flat, layer.weight_shapes))
@@ -106,6 +106,13 @@ class Pulled:
     def __call__(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log density (points,) and score (points, dim) of y (points, dim)."""
         return _in_batches(self._evaluate, y, self.target.n_draws)
+
+    def undo(self, x: np.ndarray) -> np.ndarray:
+        """Points y (points, dim) of which the layer makes x (points, dim)."""
+        given = pt.constant(floatX(x))
+        weights = pt.constant(self.weights)
+        y, _ = self.layer.inverse(given, Params(weights, self.layer.weight_shapes))
+        return pytensor.function([], y, mode="FAST_COMPILE")()
 
     def _evaluate(self, y):
         y = floatX(y)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pymc as pm
 from pymc.variational import inference as pymc_inference
-from pymc.variational.opvi import Group
+from pymc.variational.opvi import Approximation, Group
+from xarray import DataTree
 
 from pymc_flows.approximation import FlowGroup
 from pymc_flows.bijections import Bijection
@@ -32,7 +33,7 @@ def fit(
     method: str | Bijection | NFVI = "flow",
     model: pm.Model | None = None,
     random_seed: int | None = None,
-    start: dict[str, Any] | None = None,
+    start: dict[str, Any] | DataTree | Approximation | None = None,
     start_sigma: dict[str, Any] | None = None,
     inf_kwargs: dict[str, Any] | None = None,
     **kwargs,
@@ -50,8 +51,9 @@ def fit(
         Taken from the context otherwise.
     random_seed : int, optional
         The same seed gives the same fit.
-    start : dict, optional
-        Where the flow is centred, in the model's own space.
+    start : dict, DataTree or Approximation, optional
+        Where the fit starts: values, by variable, in the model's own space; draws of all
+        variables; or an earlier approximation.
     start_sigma
         Only ADVI takes it.
     inf_kwargs : dict, optional

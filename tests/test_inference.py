@@ -15,8 +15,11 @@ from scipy import stats
 
 from pymc_flows import NFVI, FlowApproximation, FlowGroup, NormalizingFlow, UnknownFlowError
 from pymc_flows.bijections import Loc
+from pymc_flows.ladder import Ladder
 from pymc_flows.objective import GRADIENTS
 
+# a fit that is not given time enough says so
+FEW_STEPS = pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")
 TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 4, "initialize": False}
 
 
@@ -70,6 +73,7 @@ def test_another_seed_gives_other_weights_and_noise(normal, python):
     assert not np.isclose(one.hist, other.hist).any()
 
 
+@FEW_STEPS
 def test_seeds_reach_every_group(normal, python):
     def fit(seed):
         with normal:
@@ -283,6 +287,7 @@ def test_groups_take_their_own_options(normal):
             NFVI(3)
 
 
+@FEW_STEPS
 def test_an_approximation_is_fitted_further(normal, python):
     with normal:
         approx = NormalizingFlow("scale-loc")
@@ -331,7 +336,7 @@ def test_an_interrupt_before_the_first_step_leaves_the_start(normal, python, mon
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NFVI, "_compile_step", interrupt)
+    monkeypatch.setattr(Ladder, "_compile_step", interrupt)
     options = {"method": "realnvp", "random_seed": 1, "obj_n_mc": 8, "progressbar": False}
     with normal:
         approx = pm.fit(**options)
@@ -342,6 +347,7 @@ def test_an_interrupt_before_the_first_step_leaves_the_start(normal, python, mon
             pm.fit(**options, initialize=False)
 
 
+@FEW_STEPS
 def test_moments_that_a_fit_leaves_behind_are_said_aloud(normal, python):
     with normal:
         inference = NFVI("scale-loc", random_seed=1)
@@ -365,6 +371,7 @@ def test_include_transformed_shows_in_the_state(normal, python):
     assert set(state.mean) == {"a", "b", "b_log__"}
 
 
+@FEW_STEPS
 def test_profiling_returns_a_profile(normal, python):
     with normal:
         profile = NFVI("scale-loc").run_profiling(3, obj_n_mc=2)

@@ -1,0 +1,443 @@
+"""How a fit climbs: a start, an affine map, a flow, a larger one; it ends at the first that fits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pymc.pytensorf import floatX
+from pytensor.graph.basic import Variable
+
+from pymc_flows.approximation import FlowApproximation, FlowGroup
+from pymc_flows.families import affine_map
+from pymc_flows.importance import Weighing
+from pymc_flows.initialization import Gaussian, NoStartError, Start, find_start, fits
+from pymc_flows.log_density import has_minibatch
+from pymc_flows.objective import Pulled, Target, build_objective
+from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
+
+# draws by which states are chosen, and the last one is weighed
+CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
+# effective share of draws with which a fit may end before its loss stops falling
+ENOUGH = 0.95
+# and with which it is not worth polishing what will grow
+HOPELESS = 0.5
+# what a fit goes on with where the weights of what it reached are uneven
+MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
+# of several fits, what is told of the one that is kept
+HOW_IT_ENDED = ("stopped", "start_elbo", "modes", "ess", "elbo", "state")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fit was asked for; the fields are arguments of :meth:`pymc_flows.inference.NFVI.fit`.
+
+    ``n_draws`` is ``obj_n_mc``, and ``may_grow`` whether it was left to the fit.
+    """
+
+    n: int
+    n_draws: int
+    may_grow: bool
+    rate: float
+    annealing: int
+    gradient: str
+    initialize: bool
+    vectorize: bool | None
+    score: bool
+    callbacks: Sequence[Callable]
+    progressbar: bool
+    theme: Any
+    optimizer: Callable | None
+    max_norm: float | None
+    more_params: Sequence[Variable]
+    more_updates: dict | None
+    more_replacements: Mapping[Variable, Variable] | None
+    backend: str | None
+    compile_kwargs: dict | None
+
+    @property
+    def compiling(self) -> dict[str, Any]:
+        """What says how to compile."""
+        return {"backend": self.backend, "compile_kwargs": self.compile_kwargs}
+
+
+class Ladder:
+    """One fit of an approximation.
+
+    Parameters
+    ----------
+    approx : FlowApproximation
+        What is fitted; its ``fit_stats`` are kept up to date.
+    settings : Settings
+        What was asked for.
+    target : Target, optional
+        Of an earlier fit with the same settings, which need not be compiled again.
+    """
+
+    def __init__(
+        self, approx: FlowApproximation, settings: Settings, target: Target | None = None
+    ) -> None:
+        self.approx, self.settings, self.target = approx, settings, target
+        self.start: Start | None = None
+        self.step: Step | None = None
+        self.losses = np.zeros(0)
+        self._counted = target.evaluations if target is not None else 0
+        self._earlier_steps = 0
+        self.interrupted = False
+        self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
+
+    def climb(self) -> None:
+        """Search for a start, stop there if it is good, and train otherwise."""
+        settings, approx = self.settings, self.approx
+        if (settings.initialize or settings.n > 0) and self._density_is_fixed():
+            self._compile_target()
+        good = False
+        if self.target is not None and settings.initialize and not self._was_fitted():
+            with self._timed("start"):
+                good = self._initialize(self.target)
+            self._mark_as_fitted()
+        if settings.n == 0 or good:
+            even = "the affine map fits: its importance weights are even"
+            self._record(Run(stopped=even if good else "initialisation only"))
+            return
+        try:
+            step = self._compile_step(settings.n_draws)
+        except KeyboardInterrupt:
+            if self.start is None:
+                raise
+            self._record(Run(stopped="interrupted before the first step: this is the start"))
+            return
+        n, rate = settings.n, settings.rate
+        window = 50 if settings.optimizer is None else 0
+        self._train(step, Schedule(rate, n, settings.annealing, window), n)
+        self._mark_as_fitted()
+        if self.start is None or not step.has_rate:
+            return
+        weighing = self._weigh(step)
+        n -= self.losses.size
+        if settings.may_grow and not (weighing.even or self.interrupted or n < LEAST_STEPS):
+            for group in self._flows:
+                if group.may_grow:
+                    group.grow(MORE_LAYERS)
+            approx.forget_functions()
+            step = self._compile_step(MORE_DRAWS * settings.n_draws)
+            self._train(step, Schedule(rate, n), n)
+            weighing = self._weigh(step)
+        if not weighing.even:
+            self._warn_of(weighing)
+
+    def go_on(self, n: int, rate: float) -> None:
+        """Train further with the step, optimizer's memory and noise that there are."""
+        self._train(self.step or self._compile_step(self.settings.n_draws), Schedule(rate, n), n)
+
+    def judge(self, n_draws: int = WEIGHED_DRAWS) -> Judgement | None:
+        """Fresh draws of what was reached, weighed; None if the model's density changes."""
+        if self.target is None:
+            return None
+        seed = int(self.approx.rng.randint(2**30))
+        if self.step is not None:
+            judgement = self.step.judge(seed, -(-n_draws // self.step.n_draws))
+        else:
+            flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
+            shapes = [(n_draws, group.ddim) for group in self.approx.groups]
+            x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
+            log_p, _ = self.target(x)
+            judgement = Judgement(x, np.where(np.isfinite(log_p), log_p - log_q, -np.inf))
+        self._count()
+        return judgement
+
+    def _density_is_fixed(self):
+        settings = self.settings
+        changes = settings.more_params or settings.more_replacements
+        return not (changes or has_minibatch(self.approx.model))
+
+    def _was_fitted(self):
+        return any(group.fitted for group in self._flows)
+
+    def _mark_as_fitted(self):
+        for group in self._flows:
+            group.fitted = True
+
+    def _compile_target(self):
+        settings = self.settings
+        if self.target is None:
+            with self.approx.model, self._timed("compile"):
+                self.target = Target(
+                    self.approx,
+                    settings.n_draws,
+                    vectorize=settings.vectorize,
+                    **settings.compiling,
+                )
+
+    def _compile_step(self, n_draws) -> Step:
+        approx, settings, target = self.approx, self.settings, self.target
+        if self.step is not None:
+            self._earlier_steps += self.step.evaluations
+        with approx.model, self._timed("compile"):
+            # a model that JAX can't compile must not take the flow with it
+            split = target is not None and target.fell_back
+            objective = build_objective(
+                approx,
+                n_draws,
+                gradient=settings.gradient,
+                split=split,
+                annealed=settings.annealing > 0,
+                vectorize=settings.vectorize,
+                more_params=settings.more_params,
+                more_replacements=settings.more_replacements,
+            )
+            self.step = Step(
+                approx,
+                objective,
+                target if split else None,
+                seed=int(approx.rng.randint(2**30)),
+                optimizer=settings.optimizer,
+                max_norm=settings.max_norm,
+                more_updates=settings.more_updates,
+                **settings.compiling,
+            )
+        return self.step
+
+    def _initialize(self, target: Target) -> bool:
+        """Put flows where the posterior is; whether an affine map alone is good enough."""
+        approx = self.approx
+        rng = np.random.default_rng(approx.rng.randint(2**30))
+        alone = self._flows[0] if self._flows and len(approx.groups) == 1 else None
+        draws = alone.start_draws if alone is not None else None
+        density: Target | Pulled = target
+        try:
+            if alone is not None and alone.noncentering is not None:
+                start, density = self._choose_centring(target, alone, draws, rng)
+            else:
+                start = find_start(target, approx.initial_point(), rng, draws)
+        except NoStartError:
+            message = "The fit can't start: at no point that was tried is the model finite."
+            raise FloatingPointError(explain_failure(approx, message)) from None
+        self.start = start
+        approx.fit_stats["start_elbo"] = start.gaussian.elbo
+        approx.fit_stats["modes"] = len(start.modes)
+        self._warn_of_modes(len(start.modes))
+        may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
+        good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
+        self._place(start.gaussian, good)
+        return good
+
+    def _place(self, gaussian: Gaussian, good: bool) -> None:
+        first = 0
+        for group in self.approx.groups:
+            here = slice(first, first + group.ddim)
+            first += group.ddim
+            if isinstance(group, FlowGroup):
+                layers = affine_map(group.ddim) if good else group.layers
+                group.restart(*gaussian.block(here), layers)
+        self.approx.forget_functions()
+
+    def _choose_centring(self, target, group, draws, rng):
+        """The better start of the non-centred and the centred parametrization, and its density."""
+        found = []
+        for logit in (-6.0, 6.0):
+            layer = replace(group.noncentering, start=logit)
+            density = Pulled(target, layer, **self.settings.compiling)
+            seen = None if draws is None else density.undo(draws)
+            start = find_start(density, group.loc, rng, seen)
+            found.append((start.gaussian.elbo, layer, start, density))
+            if fits(density, start.gaussian, rng):
+                break
+        _, group.noncentering, start, density = max(found, key=lambda candidate: candidate[0])
+        return start, density
+
+    def _train(self, step: Step, schedule: Schedule, n: int) -> None:
+        settings, approx = self.settings, self.approx
+        run = Run(stopped="initialisation only")
+        try:
+            if n > 0:
+                run = train(
+                    step,
+                    approx,
+                    schedule,
+                    n,
+                    callbacks=settings.callbacks,
+                    look=self._look if self.start is not None else None,
+                    score=settings.score,
+                    steps_before=self.losses.size,
+                    progressbar=settings.progressbar,
+                    theme=settings.theme,
+                )
+        finally:
+            settle(approx.params)
+        self.interrupted = run.interrupted
+        self._choose(step, run)
+        self.losses = np.concatenate([self.losses, run.losses])
+        self._record(run)
+
+    def _look(self) -> str:
+        """Reason to end training, by the importance weights, or nothing."""
+        assert self.step is not None
+        weighing = self._weigh(self.step)
+        if weighing.ess > ENOUGH and weighing.even:
+            return "the importance weights are even"
+        first = self.step.n_draws == self.settings.n_draws
+        if self.settings.may_grow and first and weighing.ess < HOPELESS and not weighing.even:
+            return "the importance weights are uneven, and a larger flow may do better"
+        return ""
+
+    def _weigh(self, step: Step) -> Weighing:
+        seed = int(self.approx.rng.randint(2**30))
+        weighing = step.judge(seed, -(-WEIGHED_DRAWS // step.n_draws)).weigh()
+        self.approx.fit_stats["ess"] = weighing.ess
+        return weighing
+
+    def _choose(self, step: Step, run: Run) -> None:
+        """End in the state with the best ELBO, judged on fresh draws common to all."""
+        if self.start is None:
+            # no start was found that the fit could fall behind
+            run.states.pop("first", None)
+        if not step.has_rate or len(run.states) < 2:
+            return
+        found = {}
+        params: Any = step.params
+        seed = int(self.approx.rng.randint(2**30))
+        for name, state in run.states.items():
+            _set_values(params, state)
+            found[name] = step.judge(seed, -(-CHOICE_DRAWS // step.n_draws)).elbo
+        best = max(found, key=found.__getitem__)
+        _set_values(params, run.states[best])
+        self.approx.fit_stats["elbo"] = found[best]
+        self.approx.fit_stats["state"] = best
+
+    def _record(self, run: Run) -> None:
+        stats = self.approx.fit_stats
+        self._count()
+        stats["steps"] += run.losses.size
+        stats["seconds"]["training"] += run.seconds
+        stats["stopped"] = run.stopped
+        stats["nonfinite_steps"] += run.nonfinite_steps
+        stats["invalid_draws"] += run.invalid_draws
+        stats["roll_backs"] += run.roll_backs
+        n_draws = self.step.n_draws if self.step is not None else 0
+        share = run.invalid_draws / max(1, run.losses.size * n_draws)
+        if share > 0.01 or run.nonfinite_steps > 0.01 * max(1, run.losses.size):
+            _warn(
+                f"{run.nonfinite_steps} of {run.losses.size} steps were skipped as not finite, and "
+                f"{share:.1%} of the other steps' draws were left out: the model's log density or "
+                "its gradient is not finite where the approximation has mass"
+            )
+
+    def _count(self) -> None:
+        """Add the gradients evaluated since the last count to the approximation's."""
+        counters = [c.evaluations for c in (self.target, self.step) if c is not None]
+        total = sum(counters) + self._earlier_steps
+        self.approx.fit_stats["gradient_evaluations"] += total - self._counted
+        self._counted = total
+
+    def _warn_of_modes(self, n_modes: int) -> None:
+        if n_modes > 1:
+            _warn(
+                f"climbs from several points ended in {n_modes} places apart from each other: the "
+                "posterior may have several modes, of which the fit may miss some. Compare several "
+                "fits, with n_restarts=4, and with annealing=1000"
+            )
+
+    def _warn_of(self, weighing: Weighing) -> None:
+        names = [name for group in self.approx.groups for name in _labels(group)]
+        shifted, changed = int(weighing.shift.argmax()), int(weighing.change.argmax())
+        _warn(
+            f"the fit's importance weights are uneven (effective sample size {weighing.ess:.0%} of "
+            f"the draws): they would move the mean of {names[shifted]} by "
+            f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
+            f"{weighing.change[changed]:.0%}, or more where the draws do not reach. Compare with "
+            "pm.sample before trusting it, or try another family"
+        )
+
+    @contextlib.contextmanager
+    def _timed(self, stage):
+        """Add the wall time of what is within to a stage's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.approx.fit_stats["seconds"][stage] += time.perf_counter() - started
+
+
+def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) -> Ladder:
+    """Fit several times from other points and weights; keep the fit with the highest ELBO.
+
+    ``approx.fit_stats`` counts what all took together, and gets ``restarts`` and ``restarts_agree``.
+    """
+    others = [p for g in approx.groups if not isinstance(g, FlowGroup) for p in g.params]
+    initial = [np.array(p.get_value()) for p in others]
+    target: Target | None = None
+    fits_made: list[Any] = []
+    for restart in range(n_restarts):
+        if restart:
+            _set_values(others, initial)
+            for group in approx.groups:
+                if isinstance(group, FlowGroup):
+                    group.forget()
+            approx.forget_functions()
+        ladder = Ladder(approx, settings, target)
+        try:
+            ladder.climb()
+        except KeyboardInterrupt:
+            if not fits_made:
+                raise
+            break
+        judgement, target = ladder.judge(), ladder.target
+        if judgement is None:
+            raise ValueError(
+                "n_restarts must be 1 where the density changes from step to step (minibatches, "
+                f"more_obj_params, more_replacements), got {n_restarts}"
+            )
+        back = [g.snapshot() for g in approx.groups if isinstance(g, FlowGroup)]
+        values = [np.array(p.get_value()) for p in others]
+        how = {k: approx.fit_stats[k] for k in HOW_IT_ENDED if k in approx.fit_stats}
+        fits_made.append((judgement, ladder, back, values, how))
+        if ladder.interrupted:
+            break
+    best, ladder, back, values, how = max(fits_made, key=lambda made: made[0].elbo)
+    for bring_back in back:
+        bring_back()
+    _set_values(others, values)
+    approx.forget_functions()
+    approx.fit_stats |= how
+    report = [_compared(judgement, best) for judgement, *_ in fits_made]
+    agree = all(one["shift"] < 0.2 and 0.8 < one["sd_ratio"] < 1.25 for one in report)
+    approx.fit_stats |= {"restarts": report, "restarts_agree": agree}
+    if not agree:
+        found = "; ".join(f"{k} {v:.3g}" for one in report for k, v in one.items())
+        _warn(f"the restarts disagree, and the one with the highest ELBO was kept: {found}")
+    return ladder
+
+
+def _compared(judgement, best):
+    """A fit's ELBO, and the largest differences of its means and sds from the best one's."""
+    mean, sd = best.x.mean(axis=0), best.x.std(axis=0)
+    log_ratios = np.log(judgement.x.std(axis=0) / sd)
+    return {
+        "elbo": judgement.elbo,
+        "shift": float(np.abs((judgement.x.mean(axis=0) - mean) / sd).max()),
+        "sd_ratio": float(np.exp(log_ratios[np.abs(log_ratios).argmax()])),
+    }
+
+
+def _warn(message):
+    """Warn where the user called, which is outside this package."""
+    warnings.warn(message, UserWarning, skip_file_prefixes=(str(Path(__file__).parent),))
+
+
+def _set_values(params, values):
+    for param, value in zip(params, values, strict=True):
+        param.set_value(value.copy())
+
+
+def _labels(group):
+    """Name of each element of a group's variables, in the flat vector's order."""
+    for name, _, shape, _ in group.ordering.values():
+        for index in np.ndindex(*shape):
+            yield f"{name}{list(index) if index else ''}"
