@@ -5,7 +5,8 @@ Posteriors, data and references are in ``posteriors/`` with their origins and li
     python benchmarks/references.py --method flow --seeds 1 2 3 --output benchmarks/results/flow.md
 
 CPU seconds run from the call of ``pm.fit`` to its result, compilation included; seconds by stage are
-wall time. ``NUTS`` columns are ``verified.json``'s: nutpie, 4 chains of 1000 + 1000 draws, on another day.
+wall time. ``NUTS`` columns are ``verified.json``'s: nutpie, 4 chains of 1000 + 1000 draws, on another
+day; ``--method nuts`` makes the same fits beside the others.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ def fit(name, method, seed, draws=4000):
 
     model = models.build(name)
     started = time.process_time()
+    if method == "nuts":
+        return sample(name, model, seed)
     with model, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         approx = pm.fit(method=method, random_seed=seed, progressbar=False)
         cpu = time.process_time() - started
         result = approx.sample(draws, random_seed=seed)
-    posterior = {v: result.posterior[v].values[0] for v in result.posterior.data_vars}
-    *worst, floor = errors(name, posterior)
-    row = {"grade": grade(*worst), "errors": worst, "floor": floor, "cpu": cpu}
+    row = graded(name, result.posterior) | {"cpu": cpu}
     if method not in PYMC_METHODS:
         stats = approx.fit_stats
         weights = (result.sample_stats.log_p - result.sample_stats.log_q).values.ravel()
@@ -103,6 +104,30 @@ def fit(name, method, seed, draws=4000):
     return row
 
 
+def sample(name, model, seed):
+    """One row for NUTS: nutpie's, 4 chains of 1000 steps to tune and 1000 draws."""
+    import nutpie
+
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = nutpie.compile_pymc_model(model)
+        result = nutpie.sample(
+            compiled, draws=1000, tune=1000, chains=4, seed=seed, progress_bar=False,
+            save_warmup=True,
+        )  # fmt: skip
+    row = {"cpu": time.process_time() - started} | graded(name, result.posterior)
+    steps = [result[g].n_steps.values.sum() for g in ("warmup_sample_stats", "sample_stats")]
+    return row | {"evaluations": float(sum(steps))}
+
+
+def graded(name, posterior):
+    """Grade and errors of draws, chains end to end."""
+    draws = {v: np.concatenate(list(posterior[v].values)) for v in posterior.data_vars}
+    *worst, floor = errors(name, draws)
+    return {"grade": grade(*worst), "errors": worst, "floor": floor}
+
+
 def line(name, seed, row, nuts):
     """A row of the table."""
     mean_error, low, high, w1 = row["errors"]
@@ -113,10 +138,31 @@ def line(name, seed, row, nuts):
         cells += [f"{row['elbo']:.2f} ({row['start']:.2f})", f"{row['khat']:.2f}"]
         cells += [f"{row['evaluations'] / 1e3:.0f}k", f"{row['cpu']:.1f}", stages]
     else:
-        cells += ["", "", "", f"{row['cpu']:.1f}", ""]
+        evaluations = f"{row['evaluations'] / 1e3:.0f}k" if "evaluations" in row else ""
+        cells += ["", "", evaluations, f"{row['cpu']:.1f}", ""]
     gradients = nuts["grads_warmup"] + nuts["grads_sampling"]
     seconds = nuts["compile_cpu_s"] + nuts["sample_cpu_s"]
     return "| " + " | ".join(map(str, [*cells, f"{gradients / 1e3:.0f}k", f"{seconds:.1f}"])) + " |"
+
+
+def summarise(rows, nuts):
+    """Counts over the posteriors of one seed."""
+    counts = {word: sum(r["grade"] == word for r in rows.values()) for word in (*LIMITS, "off")}
+    parts = [f"{count} {word}" for word, count in counts.items()]
+    total = sum(row["cpu"] for row in rows.values())
+    theirs = {n: nuts[n]["compile_cpu_s"] + nuts[n]["sample_cpu_s"] for n in rows}
+    gradients = {n: nuts[n]["grads_warmup"] + nuts[n]["grads_sampling"] for n in rows}
+    parts.append(f"{total:.0f} CPU s in all (NUTS {sum(theirs.values()):.0f})")
+    parts.append(f"longest {max(row['cpu'] for row in rows.values()):.0f} s")
+    parts.append(f"below NUTS's CPU on {sum(rows[n]['cpu'] < theirs[n] for n in rows)}")
+    if all("evaluations" in row for row in rows.values()):
+        fewer = sum(rows[n]["evaluations"] < gradients[n] for n in rows)
+        parts.append(f"fewer gradients than NUTS on {fewer}")
+    if all("khat" in row for row in rows.values()):
+        parts.append(f"k-hat below 0.7 on {sum(row['khat'] < 0.7 for row in rows.values())}")
+        below = sum(row["elbo"] < row["start"] - 0.02 for row in rows.values())
+        parts.append(f"ELBO below the start's by over 0.02 nats on {below}")
+    return "; ".join(parts) + "."
 
 
 def main() -> None:
@@ -144,26 +190,27 @@ def main() -> None:
         f"| {head} |",
         "|" + "---|" * (head.count("|") + 1),
     ]
-    grades: dict[str, int] = {}
-    total = 0.0
+    summaries = []
     for seed in options.seeds:
+        rows = {}
         for name in options.posteriors:
             try:
-                row = fit(name, options.method, seed)
+                rows[name] = fit(name, options.method, seed)
             except Exception as error:
                 report.append(f"| {name} | {seed} | failed: {type(error).__name__} |")
-                grades["failed"] = grades.get("failed", 0) + 1
             else:
-                report.append(line(name, seed, row, nuts[name]))
-                grades[row["grade"]] = grades.get(row["grade"], 0) + 1
-                total += row["cpu"]
+                report.append(line(name, seed, rows[name], nuts[name]))
             print(report[-1], flush=True)
-            counts = ", ".join(f"{count} {word}" for word, count in sorted(grades.items()))
-            summary = f"{counts}; {total:.0f} CPU seconds in all."
             if options.output:
                 options.output.parent.mkdir(exist_ok=True)
-                options.output.write_text("\n".join([*report, "", summary, ""]))
-    print(summary)
+                options.output.write_text("\n".join([*report, "", *summaries, ""]))
+        failed = len(options.posteriors) - len(rows)
+        summaries.append(
+            f"- Seed {seed}: {summarise(rows, nuts)}" + f" {failed} failed." * bool(failed)
+        )
+        print(summaries[-1])
+    if options.output:
+        options.output.write_text("\n".join([*report, "", *summaries, ""]))
 
 
 if __name__ == "__main__":

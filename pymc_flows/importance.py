@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# below: a fifth of the draws' worth is lost to the weights
-EVEN = 0.8
+# below: a quarter of the draws' worth is lost to the weights
+EVEN = 0.75
 # beyond one standard error of the change itself
 SMALL_SHIFT, SMALL_CHANGE = 0.02, 0.05
 

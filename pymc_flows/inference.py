@@ -103,7 +103,7 @@ class NFVI(Inference):
         backend: str | None = None,
         include_transformed: bool = False,
         learning_rate: float | None = None,
-        annealing: int = 0,
+        annealing: int | None = None,
         gradient: str = "stl",
         initialize: bool = True,
         n_restarts: int = 1,
@@ -135,10 +135,11 @@ class NFVI(Inference):
             Whether ``approx.state`` also has the unconstrained variables.
         learning_rate : float, default 0.01
             Highest rate of Adam, after the warm-up and before the decay.
-        annealing : int, default 0
+        annealing : int, optional
             Steps over which the model's density is flattened, ever less, so that a flow finds modes
             apart from its start: raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende
-            & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO.
+            & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO. By
+            default none, but 500 where the search for a start ended in several modes.
         gradient : {"stl", "reparameterization", "dreg"}, default "stl"
             The gradient's estimator; see :func:`pymc_flows.objective.build_objective`.
         initialize : bool, default True
@@ -184,7 +185,7 @@ class NFVI(Inference):
             raise TypeError("learning_rate must not be given with obj_optimizer, which has its own")
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        if annealing < 0:
+        if annealing is not None and annealing < 0:
             raise ValueError(f"annealing must be at least 0, got {annealing}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")

@@ -20,6 +20,8 @@ N_CLIMBERS = 8
 MEMORY = 20
 # nats that a Gaussian around several modes may lie below one at the best of them
 MOST_BETWEEN = 30.0
+# nats below the best of a Gaussian about a mode that has no mass to speak of
+LITTLE_MASS = 10.0
 # above it, what is done in every dimension is done more sparingly
 CHEAP_MAX_DIM = 50
 ENOUGH_VALID = 0.995
@@ -158,11 +160,23 @@ def find_start(
     gaussian = _best(target, [*settled, found[0]], rng)
     modes = climb.modes(gaussian)
     if len(modes) > 1:
+        # a spike is none: what counts is the mass about it
+        noise = balanced_noise(rng, 64, initial.size)
+        local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
+        enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
+        modes = np.array([mode for mode, g in zip(modes, local, strict=True) if g.elbo > enough])
+    if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
         broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
-    return Start(gaussian, modes)
+    return Start(gaussian, modes if len(modes) else gaussian.loc[None])
+
+
+def about(target: Density, mode: np.ndarray, like: Gaussian) -> Gaussian:
+    """Gaussian at a mode, with its own curvature where the dimension allows."""
+    there = replace(like, loc=mode)
+    return polish(target, there) if mode.size <= FULL_MAX_DIM else there
 
 
 def _best(target, gaussians, rng):

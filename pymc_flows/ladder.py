@@ -11,25 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytensor
+import pytensor.tensor as pt
 from pymc.pytensorf import floatX
+from pymc.variational.opvi import NotImplementedInference
 from pytensor.graph.basic import Variable
 
-from pymc_flows.approximation import FlowApproximation, FlowGroup
+from pymc_flows.approximation import FlowApproximation, FlowGroup, log_density_of_group
 from pymc_flows.families import affine_map
 from pymc_flows.importance import Weighing
-from pymc_flows.initialization import Gaussian, NoStartError, Start, find_start, fits
+from pymc_flows.initialization import (
+    Gaussian,
+    NoStartError,
+    Start,
+    about,
+    balanced_noise,
+    find_start,
+    fits,
+)
 from pymc_flows.log_density import has_minibatch
 from pymc_flows.objective import Pulled, Target, build_objective
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 
-# draws by which states are chosen, and the last one is weighed
+# draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
+# effective share of draws below which more are weighed, for one heavy draw can decide it
+DOUBTFUL = 0.9
 # effective share of draws with which a fit may end before its loss stops falling
 ENOUGH = 0.95
 # and with which it is not worth polishing what will grow
-HOPELESS = 0.5
+HOPELESS = 0.4
 # what a fit goes on with where the weights of what it reached are uneven
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
+# steps of a fit whose search ended in several modes
+ANNEALING = 500
 # of several fits, what is told of the one that is kept
 HOW_IT_ENDED = ("stopped", "start_elbo", "modes", "ess", "elbo", "state")
 
@@ -45,7 +60,7 @@ class Settings:
     n_draws: int
     may_grow: bool
     rate: float
-    annealing: int
+    annealing: int | None
     gradient: str
     initialize: bool
     vectorize: bool | None
@@ -87,6 +102,7 @@ class Ladder:
         self.start: Start | None = None
         self.step: Step | None = None
         self.losses = np.zeros(0)
+        self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
         self.interrupted = False
@@ -115,42 +131,56 @@ class Ladder:
             return
         n, rate = settings.n, settings.rate
         window = 50 if settings.optimizer is None else 0
-        self._train(step, Schedule(rate, n, settings.annealing, window), n)
+        self._train(step, Schedule(rate, n, self._annealing(), window), n)
         self._mark_as_fitted()
         if self.start is None or not step.has_rate:
             return
-        weighing = self._weigh(step)
+        judgement = self.judge()
         n -= self.losses.size
-        if settings.may_grow and not (weighing.even or self.interrupted or n < LEAST_STEPS):
+        if settings.may_grow and not (
+            judgement.weighing.even or self.interrupted or n < LEAST_STEPS
+        ):
             for group in self._flows:
                 if group.may_grow:
                     group.grow(MORE_LAYERS)
             approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
             self._train(step, Schedule(rate, n), n)
-            weighing = self._weigh(step)
-        if not weighing.even:
-            self._warn_of(weighing)
+            judgement = self.judge()
+        if not judgement.weighing.even:
+            self._warn_of(judgement.weighing)
+        self._look_for_modes(judgement)
 
     def go_on(self, n: int, rate: float) -> None:
         """Train further with the step, optimizer's memory and noise that there are."""
         self._train(self.step or self._compile_step(self.settings.n_draws), Schedule(rate, n), n)
 
-    def judge(self, n_draws: int = WEIGHED_DRAWS) -> Judgement | None:
-        """Fresh draws of what was reached, weighed; None if the model's density changes."""
-        if self.target is None:
-            return None
-        seed = int(self.approx.rng.randint(2**30))
-        if self.step is not None:
-            judgement = self.step.judge(seed, -(-n_draws // self.step.n_draws))
-        else:
-            flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
-            shapes = [(n_draws, group.ddim) for group in self.approx.groups]
-            x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
-            log_p, _ = self.target(x)
-            judgement = Judgement(x, np.where(np.isfinite(log_p), log_p - log_q, -np.inf))
+    def judge(self) -> Judgement:
+        """Fresh draws of what was reached, weighed; only where the model's density is fixed."""
+        judgement = self._judge(WEIGHED_DRAWS)
+        if judgement.weighing.ess < DOUBTFUL:
+            judgement = self._judge(4 * WEIGHED_DRAWS)
+        self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
+
+    def _judge(self, n_draws):
+        assert self.target is not None
+        seed = int(self.approx.rng.randint(2**30))
+        if self.step is not None:
+            return self.step.judge(seed, -(-n_draws // self.step.n_draws))
+        flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
+        shapes = [(n_draws, group.ddim) for group in self.approx.groups]
+        x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
+        log_p, _ = self.target(x)
+        return Judgement(x, np.where(np.isfinite(log_p), log_p - log_q, -np.inf))
+
+    def _annealing(self) -> int:
+        if self.settings.annealing is not None:
+            return self.settings.annealing
+        several = self.start is not None and len(self.start.modes) > 1
+        split = self.target is not None and self.target.fell_back
+        return ANNEALING if several and not split else 0
 
     def _density_is_fixed(self):
         settings = self.settings
@@ -187,7 +217,7 @@ class Ladder:
                 n_draws,
                 gradient=settings.gradient,
                 split=split,
-                annealed=settings.annealing > 0,
+                annealed=self._annealing() > 0,
                 vectorize=settings.vectorize,
                 more_params=settings.more_params,
                 more_replacements=settings.more_replacements,
@@ -220,9 +250,9 @@ class Ladder:
             message = "The fit can't start: at no point that was tried is the model finite."
             raise FloatingPointError(explain_failure(approx, message)) from None
         self.start = start
-        approx.fit_stats["start_elbo"] = start.gaussian.elbo
+        approx.fit_stats["start_elbo"] = float(start.gaussian.elbo)
         approx.fit_stats["modes"] = len(start.modes)
-        self._warn_of_modes(len(start.modes))
+        self._modes = density.redo(start.modes) if isinstance(density, Pulled) else start.modes
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
         good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
         self._place(start.gaussian, good)
@@ -276,22 +306,18 @@ class Ladder:
         self.losses = np.concatenate([self.losses, run.losses])
         self._record(run)
 
-    def _look(self) -> str:
+    def _look(self, schedule: Schedule, n_left: int) -> str:
         """Reason to end training, by the importance weights, or nothing."""
         assert self.step is not None
-        weighing = self._weigh(self.step)
+        weighing = self.judge().weighing
         if weighing.ess > ENOUGH and weighing.even:
             return "the importance weights are even"
-        first = self.step.n_draws == self.settings.n_draws
-        if self.settings.may_grow and first and weighing.ess < HOPELESS and not weighing.even:
+        growing = self.settings.may_grow and self.step.n_draws == self.settings.n_draws
+        # at higher rates the noise of the steps is much of it
+        growing = growing and n_left >= LEAST_STEPS and schedule.n_cuts > 1
+        if growing and weighing.ess < HOPELESS and not weighing.even:
             return "the importance weights are uneven, and a larger flow may do better"
         return ""
-
-    def _weigh(self, step: Step) -> Weighing:
-        seed = int(self.approx.rng.randint(2**30))
-        weighing = step.judge(seed, -(-WEIGHED_DRAWS // step.n_draws)).weigh()
-        self.approx.fit_stats["ess"] = weighing.ess
-        return weighing
 
     def _choose(self, step: Step, run: Run) -> None:
         """End in the state with the best ELBO, judged on fresh draws common to all."""
@@ -336,13 +362,45 @@ class Ladder:
         self.approx.fit_stats["gradient_evaluations"] += total - self._counted
         self._counted = total
 
-    def _warn_of_modes(self, n_modes: int) -> None:
-        if n_modes > 1:
+    def _look_for_modes(self, judgement: Judgement) -> None:
+        """Warn of modes that the search found and the fit leaves out."""
+        target, start = self.target, self.start
+        if target is None or start is None or len(self._modes) < 2:
+            return
+        missed, advice = 0, "Compare several fits, with n_restarts=4, or give annealing=2000"
+        noise = balanced_noise(np.random.default_rng(0), 256, self.approx.ddim)
+        try:
+            for mode in self._modes:
+                local = about(target, mode, self._spread(judgement))
+                x = local.draws(noise)
+                log_p = target(x)[0] - judgement.log_evidence
+                left_out = log_p - self._log_density(x) > 2
+                share = np.exp(log_p - local.log_density(noise))
+                missed += bool(share[left_out & np.isfinite(share)].sum() / noise.shape[0] > 0.02)
+        except NotImplementedInference:
             _warn(
-                f"climbs from several points ended in {n_modes} places apart from each other: the "
-                "posterior may have several modes, of which the fit may miss some. Compare several "
-                "fits, with n_restarts=4, and with annealing=1000"
+                f"the search for a start ended in {len(self._modes)} places apart from each other: "
+                f"the posterior may have several modes, of which the fit may miss some. {advice}"
             )
+            return
+        self.approx.fit_stats["modes_missed"] = missed
+        if missed:
+            _warn(
+                f"the fit misses {missed} of the {len(self._modes)} modes that the search for a "
+                f"start found, each with more than 2% of what it covers. {advice}"
+            )
+
+    def _spread(self, judgement):
+        return Gaussian(judgement.x.mean(axis=0), judgement.x.std(axis=0))
+
+    def _log_density(self, points: np.ndarray) -> np.ndarray:
+        log_q: Any = 0
+        first = 0
+        for group in self.approx.groups:
+            x = pt.constant(floatX(points[:, first : first + group.ddim]))
+            log_q = log_q + log_density_of_group(group, x)
+            first += group.ddim
+        return pytensor.function([], log_q, mode="FAST_COMPILE")()
 
     def _warn_of(self, weighing: Weighing) -> None:
         names = [name for group in self.approx.groups for name in _labels(group)]
@@ -388,12 +446,13 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
             if not fits_made:
                 raise
             break
-        judgement, target = ladder.judge(), ladder.target
-        if judgement is None:
+        target = ladder.target
+        if target is None:
             raise ValueError(
                 "n_restarts must be 1 where the density changes from step to step (minibatches, "
                 f"more_obj_params, more_replacements), got {n_restarts}"
             )
+        judgement = ladder.judge()
         back = [g.snapshot() for g in approx.groups if isinstance(g, FlowGroup)]
         values = [np.array(p.get_value()) for p in others]
         how = {k: approx.fit_stats[k] for k in HOW_IT_ENDED if k in approx.fit_stats}

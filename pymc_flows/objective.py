@@ -109,10 +109,16 @@ class Pulled:
 
     def undo(self, x: np.ndarray) -> np.ndarray:
         """Points y (points, dim) of which the layer makes x (points, dim)."""
-        given = pt.constant(floatX(x))
-        weights = pt.constant(self.weights)
-        y, _ = self.layer.inverse(given, Params(weights, self.layer.weight_shapes))
-        return pytensor.function([], y, mode="FAST_COMPILE")()
+        return self._map(self.layer.inverse, x)
+
+    def redo(self, y: np.ndarray) -> np.ndarray:
+        """Points x (points, dim) that the layer makes of y (points, dim)."""
+        return self._map(self.layer.forward, y)
+
+    def _map(self, direction, points):
+        params = Params(pt.constant(self.weights), self.layer.weight_shapes)
+        found, _ = direction(pt.constant(floatX(points)), params)
+        return pytensor.function([], found, mode="FAST_COMPILE")()
 
     def _evaluate(self, y):
         y = floatX(y)

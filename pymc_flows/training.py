@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -274,7 +275,13 @@ class Judgement:
         valid = np.isfinite(self.log_weights)
         return float(self.log_weights[valid].mean()) if valid.mean() >= 0.5 else -math.inf
 
-    def weigh(self) -> Weighing:
+    @property
+    def log_evidence(self) -> float:
+        """Log of the mean weight, in nats."""
+        return float(np.logaddexp.reduce(self.log_weights) - math.log(self.log_weights.size))
+
+    @functools.cached_property
+    def weighing(self) -> Weighing:
         """What the weights would change, of the draws that are valid."""
         valid = np.isfinite(self.log_weights) & np.isfinite(self.x).all(axis=1)
         x = self.x[valid]
@@ -332,7 +339,7 @@ def train(
     n_steps: int,
     *,
     callbacks: Sequence[Callable] = (),
-    look: Callable[[], str] | None = None,
+    look: Callable[[Schedule, int], str] | None = None,
     score: bool = True,
     steps_before: int = 0,
     progressbar: bool = True,
@@ -353,7 +360,8 @@ def train(
     callbacks : sequence of callable
         Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the run.
     look : callable, optional
-        Asked after each cut of the rate for a reason to end the run, or nothing.
+        Asked after each cut of the rate, with the schedule and the steps left, for a reason to
+        end the run, or nothing.
     score : bool
         Whether callbacks get the losses; None otherwise.
     steps_before : int
@@ -410,7 +418,7 @@ def train(
                 n_cuts = schedule.n_cuts
                 over = schedule.observe(losses[:n_taken])
                 if not over and schedule.n_cuts > n_cuts and look is not None:
-                    over = look()
+                    over = look(schedule, n_steps - n_taken)
                 if over:
                     run.stopped = over
                     progress.update(task, completed=n_steps, loss=trend(losses[:n_taken]))
