@@ -266,7 +266,8 @@ class NFVI(Inference):
         ladder.settings = replace(settings, progressbar=progressbar, theme=theme)
         before = ladder.losses.size
         rate = REFINE_RATE * settings.rate if learning_rate is None else learning_rate
-        ladder.go_on(n, rate)
+        with _few_threads(self.approx.model, settings.backend, settings.compile_kwargs):
+            ladder.go_on(n, rate)
         self._keep_losses(ladder.losses[before:])
 
     def _keep_losses(self, losses):

@@ -135,17 +135,22 @@ class Ladder:
         self._mark_as_fitted()
         if self.start is None or not step.has_rate:
             return
-        judgement = self.judge()
-        n -= self.losses.size
-        if settings.may_grow and not (
-            judgement.weighing.even or self.interrupted or n < LEAST_STEPS
-        ):
+        try:
+            self._finish(n - self.losses.size)
+        except KeyboardInterrupt:
+            approx.fit_stats["stopped"] += "; interrupted before its weights were judged"
+
+    def _finish(self, n_left: int) -> None:
+        """Go on with a larger flow and more draws where weights are uneven; warn if they stay so."""
+        settings, judgement = self.settings, self.judge()
+        enough = judgement.weighing.even or self.interrupted or n_left < LEAST_STEPS
+        if settings.may_grow and not enough:
             for group in self._flows:
                 if group.may_grow:
                     group.grow(MORE_LAYERS)
-            approx.forget_functions()
+            self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
-            self._train(step, Schedule(rate, n), n)
+            self._train(step, Schedule(settings.rate, n_left), n_left)
             judgement = self.judge()
         if not judgement.weighing.even:
             self._warn_of(judgement.weighing)
@@ -209,6 +214,7 @@ class Ladder:
         approx, settings, target = self.approx, self.settings, self.target
         if self.step is not None:
             self._earlier_steps += self.step.evaluations
+            self.step = None
         with approx.model, self._timed("compile"):
             # a model that JAX can't compile must not take the flow with it
             split = target is not None and target.fell_back
@@ -329,12 +335,15 @@ class Ladder:
         found = {}
         params: Any = step.params
         seed = int(self.approx.rng.randint(2**30))
-        for name, state in run.states.items():
-            _set_values(params, state)
-            found[name] = step.judge(seed, -(-CHOICE_DRAWS // step.n_draws)).elbo
-        best = max(found, key=found.__getitem__)
+        try:
+            for name, state in run.states.items():
+                _set_values(params, state)
+                found[name] = step.judge(seed, -(-CHOICE_DRAWS // step.n_draws)).elbo
+        except KeyboardInterrupt:
+            self.interrupted = True
+        best = max(found or ["last"], key=lambda name: found.get(name, -np.inf))
         _set_values(params, run.states[best])
-        self.approx.fit_stats["elbo"] = found[best]
+        self.approx.fit_stats["elbo"] = found.get(best, np.nan)
         self.approx.fit_stats["state"] = best
 
     def _record(self, run: Run) -> None:

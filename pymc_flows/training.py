@@ -285,6 +285,9 @@ class Judgement:
         """What the weights would change, of the draws that are valid."""
         valid = np.isfinite(self.log_weights) & np.isfinite(self.x).all(axis=1)
         x = self.x[valid]
+        if len(x) < 2:
+            unknown = np.full(self.x.shape[1], np.inf)
+            return Weighing(0.0, unknown, np.zeros_like(unknown), unknown, np.zeros_like(unknown))
         return weigh(self.log_weights[valid], (x - x.mean(axis=0)) / x.std(axis=0))
 
 

@@ -1,0 +1,39 @@
+"""Importance weights: their normalisation, and the moments that they would move."""
+
+import numpy as np
+from numpy.testing import assert_allclose
+
+from pymc_flows.importance import normalised, weigh
+
+
+def test_weights_sum_to_one_and_what_is_not_finite_has_none():
+    weights = normalised(np.array([800.0, 800.0 + np.log(3), -np.inf, np.nan]))
+    assert_allclose(weights, [0.25, 0.75, 0, 0])
+    assert_allclose(normalised(np.full(4, -np.inf)), 0.25)
+
+
+def gaussian_weights(z, mean, sd):
+    """Log weights of N(mean, sd²) in the first dimension against standard normal draws."""
+    return -0.5 * ((z[:, 0] - mean) / sd) ** 2 - np.log(sd) + 0.5 * z[:, 0] ** 2
+
+
+def test_weights_tell_by_how_much_mean_and_variance_are_off():
+    z = np.random.default_rng(0).normal(size=(100_000, 3))
+    found = weigh(gaussian_weights(z, 0.2, 0.9), z)
+    exact = np.array([0.2, 0, 0]), np.array([abs(0.9**2 + 0.2**2 - 1), 0, 0])
+    assert (np.abs(found.shift - exact[0]) < 4 * found.shift_error).all()
+    assert (np.abs(found.change - exact[1]) < 4 * found.change_error).all()
+    # E w² of these two Gaussians in closed form
+    precision = 2 / 0.9**2 - 1
+    square = np.exp(0.2**2 / 0.9**2 * (2 / 0.9**2 / precision - 1)) / (0.9**2 * precision**0.5)
+    assert_allclose(found.ess, 1 / square, rtol=0.02)
+
+
+def test_uneven_is_what_both_loses_draws_and_moves_a_moment():
+    z = np.random.default_rng(0).normal(size=(8192, 2))
+    assert weigh(np.zeros(8192), z).even
+    assert not weigh(gaussian_weights(z, 1.0, 1.0), z).even
+    # many draws are lost to noise that has nothing to do with the moments
+    noise = np.random.default_rng(1).normal(size=8192)
+    assert weigh(noise, z).ess < 0.5
+    assert weigh(noise, z).even
