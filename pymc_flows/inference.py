@@ -175,7 +175,9 @@ class NFVI(Inference):
         Raises
         ------
         FloatingPointError
-            If steps keep being not finite; names the variable.
+            If no start is found, or steps keep being not finite; names the variable.
+        ValueError
+            If an argument is impossible, or the posterior improper; names the variable.
         """
         _check_fit_options(kwargs, self.approx)
         n = DEFAULT_STEPS if n is None else n

@@ -47,6 +47,11 @@ class Gaussian:
     elbo: float = -np.inf
     elbo_se: float = np.inf
 
+    @property
+    def scales(self) -> np.ndarray:
+        """Standard deviations (dim,)."""
+        return self.factor if self.factor.ndim == 1 else np.sqrt((self.factor**2).sum(axis=1))
+
     def draws(self, z: np.ndarray) -> np.ndarray:
         """Map standard normal z (draws, dim) to draws."""
         return self.loc + (z * self.factor if self.factor.ndim == 1 else z @ self.factor.T)

@@ -43,6 +43,8 @@ ENOUGH = 0.95
 HOPELESS = 0.4
 # what a fit goes on with where the weights of what it reached are uneven
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
+# standard deviation, unconstrained, from which on a search is taken to have found no end
+IMPROPER = 1e12
 # steps of a fit whose search ended in several modes
 ANNEALING = 500
 # of several fits, what is told of the one that is kept
@@ -255,6 +257,7 @@ class Ladder:
         except NoStartError:
             message = "The fit can't start: at no point that was tried is the model finite."
             raise FloatingPointError(explain_failure(approx, message)) from None
+        self._refuse_improper(start.gaussian)
         self.start = start
         approx.fit_stats["start_elbo"] = float(start.gaussian.elbo)
         approx.fit_stats["modes"] = len(start.modes)
@@ -263,6 +266,19 @@ class Ladder:
         good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
         self._place(start.gaussian, good)
         return good
+
+    def _refuse_improper(self, gaussian: Gaussian) -> None:
+        names = [name for group in self.approx.groups for name in _labels(group)]
+        wide = [
+            f"{name} (sd {scale:.0e})"
+            for name, scale in zip(names, gaussian.scales, strict=True)
+            if scale > IMPROPER
+        ]
+        if wide:
+            raise ValueError(
+                f"the posterior must be proper, and the search for a start found no end to "
+                f"{', '.join(wide)} on the unconstrained space: give what nothing bounds a prior"
+            )
 
     def _place(self, gaussian: Gaussian, good: bool) -> None:
         first = 0

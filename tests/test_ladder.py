@@ -12,6 +12,8 @@ from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.families import affine_map
 from pymc_flows.ladder import MORE_LAYERS
 
+# few steps of small flows: they are right to warn
+pytestmark = pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")
 SMALL = {"n_layers": 1, "hidden": (4,), "random_seed": 1}
 
 
@@ -66,8 +68,8 @@ def test_a_snapshot_brings_back_what_a_flow_was(python):
     assert group.shared_params["weights"] is weights
 
 
-def test_a_fit_ends_where_its_weights_are_even(normal, python):
-    with normal:
+def test_a_fit_ends_where_its_weights_are_even(python):
+    with known():
         approx = NFVI("realnvp", **SMALL).fit(2000, obj_n_mc=32, progressbar=False)
     stats = approx.fit_stats
     assert stats["stopped"] == "the importance weights are even"
@@ -136,9 +138,9 @@ def test_restarts_that_agree_say_so(normal, python):
 
 @pytest.mark.filterwarnings("ignore:the fit misses")
 def test_restarts_that_disagree_say_so(python):
-    with two_modes(6.0), pytest.warns(UserWarning, match="the restarts disagree"):
+    with two_modes(15.0), pytest.warns(UserWarning, match="the restarts disagree"):
         approx = NFVI("scale-loc", random_seed=1).fit(
-            100, obj_n_mc=32, n_restarts=6, annealing=0, progressbar=False
+            50, obj_n_mc=32, n_restarts=4, annealing=0, progressbar=False
         )
     assert not approx.fit_stats["restarts_agree"]
     assert max(one["shift"] for one in approx.fit_stats["restarts"]) > 3
