@@ -33,7 +33,7 @@ REFINE_RATE = 0.2
 SMALL_SIDE = 256
 FIT_OPTIONS = (
     "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
-    "learning_rate", "annealing", "gradient", "initialize", "n_restarts", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
+    "learning_rate", "annealing", "gradient", "initialize", "patience", "n_restarts", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
     "more_obj_params", "more_updates", "more_replacements", "compile_kwargs",
 )  # fmt: skip
 
@@ -106,6 +106,7 @@ class NFVI(Inference):
         annealing: int | None = None,
         gradient: str = "stl",
         initialize: bool = True,
+        patience: int = 50,
         n_restarts: int = 1,
         vectorize: bool | None = None,
         obj_n_mc: int | None = None,
@@ -147,6 +148,9 @@ class NFVI(Inference):
             leaves the flow at the model's initial point, with unit scales. Not possible for
             minibatches, ``more_obj_params`` and ``more_replacements``, whose density changes. What
             was fitted before stays where it is, and is trained further.
+        patience : int, default 50
+            Steps from one look at the losses to the next, at which the rate may be cut and the fit
+            end. More tell a slower fall from noise; with 0 all ``n`` steps are taken.
         n_restarts : int, default 1
             Fits from other points and weights, of which the one with the highest ELBO is kept.
             ``approx.fit_stats["restarts"]`` has the ELBO of each and how far its means and
@@ -193,6 +197,8 @@ class NFVI(Inference):
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
         if n_draws < 1:
             raise ValueError(f"obj_n_mc must be at least 1, got {n_draws}")
+        if patience < 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
         if n_restarts < 1:
             raise ValueError(f"n_restarts must be at least 1, got {n_restarts}")
         self.approx.backend = backend
@@ -206,6 +212,7 @@ class NFVI(Inference):
             annealing=annealing,
             gradient=gradient,
             initialize=initialize,
+            patience=patience if obj_optimizer is None else 0,
             vectorize=vectorize,
             score=self._maybe_score(score),
             callbacks=list(callbacks or ()),

@@ -65,6 +65,7 @@ class Settings:
     annealing: int | None
     gradient: str
     initialize: bool
+    patience: int
     vectorize: bool | None
     score: bool
     callbacks: Sequence[Callable]
@@ -132,8 +133,7 @@ class Ladder:
             self._record(Run(stopped="interrupted before the first step: this is the start"))
             return
         n, rate = settings.n, settings.rate
-        window = 50 if settings.optimizer is None else 0
-        self._train(step, Schedule(rate, n, self._annealing(), window), n)
+        self._train(step, Schedule(rate, n, self._annealing(), settings.patience), n)
         self._mark_as_fitted()
         if self.start is None or not step.has_rate:
             return
@@ -152,7 +152,7 @@ class Ladder:
                     group.grow(MORE_LAYERS)
             self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
-            self._train(step, Schedule(settings.rate, n_left), n_left)
+            self._train(step, Schedule(settings.rate, n_left, 0, settings.patience), n_left)
             judgement = self.judge()
         if not judgement.weighing.even:
             self._warn_of(judgement.weighing)
@@ -160,7 +160,8 @@ class Ladder:
 
     def go_on(self, n: int, rate: float) -> None:
         """Train further with the step, optimizer's memory and noise that there are."""
-        self._train(self.step or self._compile_step(self.settings.n_draws), Schedule(rate, n), n)
+        step = self.step or self._compile_step(self.settings.n_draws)
+        self._train(step, Schedule(rate, n, 0, self.settings.patience), n)
 
     def judge(self) -> Judgement:
         """Fresh draws of what was reached, weighed; only where the model's density is fixed."""

@@ -197,6 +197,12 @@ def test_pymcs_optimizers_and_the_gradients_bound(normal, python):
     assert_allclose(np.linalg.norm(weights(bounded)), 1e-3, rtol=1e-6)
 
 
+def test_patience_decides_when_a_fit_that_gains_nothing_ends(normal, python):
+    few = tiny(normal, 400, method="loc", patience=10, random_seed=1).fit_stats
+    assert few["stopped"].startswith("the loss falls no further")
+    assert tiny(normal, 400, method="loc", patience=0, random_seed=1).fit_stats["steps"] == 400
+
+
 def test_a_learning_rate_is_the_first_steps_of_adam(normal, python):
     approx = tiny(normal, 1, learning_rate=0.25, random_seed=1)
     assert_allclose(np.abs(weights(approx)), 0.25, rtol=1e-4)
@@ -265,7 +271,9 @@ def test_an_unknown_gradient_is_an_error(normal):
         NFVI("realnvp").fit(gradient="slt")
 
 
-@pytest.mark.parametrize(("option", "value"), [("n", -1), ("obj_n_mc", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("n", -1), ("obj_n_mc", 0), ("patience", -1), ("n_restarts", 0)]
+)
 def test_impossible_values_are_errors(normal, option, value):
     with normal, pytest.raises(ValueError, match=f"{option} must be at least .*, got {value}"):
         NFVI("realnvp").fit(**{option: value})
