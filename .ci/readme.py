@@ -12,6 +12,8 @@ warnings.simplefilter("error")
 # nutpie and JAX start threads and processes; these two are about that, and not about us
 warnings.filterwarnings("ignore", message="os.fork")
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+# fits of 200 steps, of families that fit less well, are right to say so
+warnings.filterwarnings("ignore", message="the fit's importance weights are uneven")
 
 readme = (Path(__file__).parents[1] / "README.md").read_text()
 blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
