@@ -6,7 +6,8 @@ Posteriors, data and references are in ``posteriors/`` with their origins and li
 
 CPU seconds run from the call of ``pm.fit`` to its result, compilation included; seconds by stage are
 wall time. ``NUTS`` columns are ``verified.json``'s: nutpie, 4 chains of 1000 + 1000 draws, on another
-day; ``--method nuts`` makes the same fits beside the others.
+day; ``--method nuts`` makes the same fits beside the others. ``--keep FOLDER`` keeps draws, for
+``verdicts.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
@@ -73,13 +75,13 @@ def grade(mean_error, low, high, w1):
     return "off"
 
 
-def fit(name, method, seed, draws=4000):
+def fit(name, method, seed, keep=None, draws=4000):
     """One row: what a fit took and how well it did."""
     import models
     import pymc as pm
     from arviz_stats.base import array_stats
 
-    import pymc_flows  # noqa: F401
+    import pymc_flows as pmf
 
     model = models.build(name)
     started = time.process_time()
@@ -89,18 +91,26 @@ def fit(name, method, seed, draws=4000):
         warnings.simplefilter("ignore")
         approx = pm.fit(method=method, random_seed=seed, progressbar=False)
         cpu = time.process_time() - started
+        if method in PYMC_METHODS:
+            # the same draws, with their densities
+            approx = pmf.FlowApproximation(approx.groups, model=model)
         result = approx.sample(draws, random_seed=seed)
-    row = graded(name, result.posterior) | {"cpu": cpu}
-    if method not in PYMC_METHODS:
-        stats = approx.fit_stats
-        weights = (result.sample_stats.log_p - result.sample_stats.log_q).values.ravel()
-        row |= {
-            "elbo": weights.mean(),
-            "start": stats.get("start_elbo", np.nan),
-            "khat": float(array_stats.psislw(-weights)[1]),
-            "evaluations": stats["gradient_evaluations"],
-            "seconds": stats["seconds"],
-        }
+    stats = approx.fit_stats
+    weights = (result.sample_stats.log_p - result.sample_stats.log_q).values.ravel()
+    row = graded(name, result.posterior) | {
+        "cpu": cpu,
+        "elbo": weights.mean(),
+        "start": stats.get("start_elbo", np.nan),
+        "khat": float(array_stats.psislw(-weights)[1]),
+    }
+    if stats:
+        row |= {"evaluations": stats["gradient_evaluations"], "seconds": stats["seconds"]}
+    if keep is not None:
+        parts = [result.posterior.to_dataset(), result.sample_stats.to_dataset()]
+        kept = xr.merge(parts, combine_attrs="drop")
+        kept.attrs["fit"] = json.dumps({"row": row, "fit_stats": stats}, default=float)
+        keep.mkdir(parents=True, exist_ok=True)
+        kept.to_netcdf(keep / f"{method}.{name}.{seed}.nc")
     return row
 
 
@@ -133,13 +143,12 @@ def line(name, seed, row, nuts):
     mean_error, low, high, w1 = row["errors"]
     cells = [name, seed, row["grade"], f"{mean_error:.3f}", f"{low:.2f} to {high:.2f}"]
     cells += [f"{w1:.3f} ({row['floor']:.3f})"]
-    if "elbo" in row:
-        stages = " + ".join(f"{row['seconds'][s]:.1f}" for s in ("compile", "start", "training"))
-        cells += [f"{row['elbo']:.2f} ({row['start']:.2f})", f"{row['khat']:.2f}"]
-        cells += [f"{row['evaluations'] / 1e3:.0f}k", f"{row['cpu']:.1f}", stages]
-    else:
-        evaluations = f"{row['evaluations'] / 1e3:.0f}k" if "evaluations" in row else ""
-        cells += ["", "", evaluations, f"{row['cpu']:.1f}", ""]
+    start = f" ({row['start']:.2f})" if np.isfinite(row.get("start", np.nan)) else ""
+    cells += [f"{row['elbo']:.2f}{start}", f"{row['khat']:.2f}"] if "elbo" in row else ["", ""]
+    cells += [f"{row['evaluations'] / 1e3:.0f}k" if "evaluations" in row else ""]
+    seconds = row.get("seconds", {})
+    stages = " + ".join(f"{seconds[s]:.1f}" for s in ("compile", "start", "training") if seconds)
+    cells += [f"{row['cpu']:.1f}", stages]
     gradients = nuts["grads_warmup"] + nuts["grads_sampling"]
     seconds = nuts["compile_cpu_s"] + nuts["sample_cpu_s"]
     return "| " + " | ".join(map(str, [*cells, f"{gradients / 1e3:.0f}k", f"{seconds:.1f}"])) + " |"
@@ -174,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--posteriors", nargs="+", default=list(models.REGISTRY))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     nuts = json.loads((HERE / "posteriors" / "verified.json").read_text())
     head = (
@@ -195,7 +205,7 @@ def main() -> None:
         rows = {}
         for name in options.posteriors:
             try:
-                rows[name] = fit(name, options.method, seed)
+                rows[name] = fit(name, options.method, seed, options.keep)
             except Exception as error:
                 report.append(f"| {name} | {seed} | failed: {type(error).__name__} |")
             else:

@@ -3,27 +3,38 @@
 from pymc_flows import bijections
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
 from pymc_flows.compare import compare, grade
+from pymc_flows.correction import importance_resample, neutra_model, sample_imh, sample_neutra
+from pymc_flows.diagnostics import Diagnosis, diagnose
 from pymc_flows.families import UnknownFlowError, families
 from pymc_flows.inference import NFVI
 from pymc_flows.plots import plot_compare, plot_loss
 from pymc_flows.registration import fit, register, unregister
+from pymc_flows.storage import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NFVI",
+    "Diagnosis",
     "FlowApproximation",
     "FlowGroup",
     "NormalizingFlow",
     "UnknownFlowError",
     "bijections",
     "compare",
+    "diagnose",
     "families",
     "fit",
     "grade",
+    "importance_resample",
+    "load",
+    "neutra_model",
     "plot_compare",
     "plot_loss",
     "register",
+    "sample_imh",
+    "sample_neutra",
+    "save",
     "unregister",
 ]
 

@@ -740,6 +740,21 @@ class NormalizingFlow(FlowApproximation):
         return self.groups[0].shared_params
 
 
+def with_density(approx: Any) -> FlowApproximation:
+    """Give an approximation that says what density its draws have: ours, or one of PyMC's groups.
+
+    Raises
+    ------
+    TypeError
+        If it is no approximation.
+    """
+    if isinstance(approx, FlowApproximation):
+        return approx
+    if not isinstance(approx, Approximation):
+        raise TypeError(f"approx must be an approximation, got {type(approx).__name__}")
+    return FlowApproximation(approx.groups, model=approx.model)
+
+
 def _draws_of_group(group, noise):
     if isinstance(group, FlowGroup):
         return group.draws_and_log_q(noise)

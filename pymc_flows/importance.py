@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from arviz_stats.base import array_stats
 
 # below: a quarter of the draws' worth is lost to the weights
 EVEN = 0.75
 # beyond one standard error of the change itself
 SMALL_SHIFT, SMALL_CHANGE = 0.02, 0.05
+# nats by which log weights differ that are the same but for rounding
+SAME = 1e-6
 
 
 def normalised(log_weights: np.ndarray) -> np.ndarray:
@@ -20,6 +24,68 @@ def normalised(log_weights: np.ndarray) -> np.ndarray:
         return np.full(log_weights.size, 1 / log_weights.size)
     weights = np.exp(log_weights - largest)
     return weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """Pareto-smoothed importance weights (Vehtari et al. 2024, arXiv:1507.02646).
+
+    Attributes
+    ----------
+    weights : ndarray
+        (draws,), smoothed, with sum one.
+    khat : float
+        Shape of the generalised Pareto distribution of the largest weights: below 0.5 they have a
+        variance, below 1 a mean. 0 where all are the same, infinite where none is finite.
+    log_evidence : float
+        Log of the mean smoothed weight, in nats.
+    log_evidence_se : float
+        Its standard error, as far as the draws can tell.
+    """
+
+    weights: np.ndarray
+    khat: float
+    log_evidence: float
+    log_evidence_se: float
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size, in draws (Kong 1992)."""
+        return float(1 / (self.weights**2).sum())
+
+
+def khat_threshold(n_draws: int) -> float:
+    """k-hat up to which so many draws are enough (Vehtari et al. 2024, section 3.2.4)."""
+    return min(1 - 1 / math.log10(max(n_draws, 2)), 0.7)
+
+
+def khat(log_weights: np.ndarray) -> float:
+    """Tail index of importance weights (draws,), given their logs, by ArviZ."""
+    return smooth(log_weights).khat
+
+
+def smooth(log_weights: np.ndarray) -> Smoothed:
+    """Smooth importance weights (draws,), given their logs; -inf and NaN are weights of zero."""
+    n_draws = log_weights.size
+    valid = np.isfinite(log_weights)
+    if valid.sum() < 2:
+        return Smoothed(np.full(n_draws, 1 / n_draws), math.inf, -math.inf, math.inf)
+    # smoothing changes the largest only, so what stands for zero may be anything that is small
+    floor = log_weights[valid].min() - 50
+    padded = np.where(valid, log_weights, floor)
+    if np.ptp(log_weights[valid]) < SAME:
+        shape, smoothed = 0.0, padded - np.logaddexp.reduce(padded)
+    else:
+        # ArviZ negates what it is given; NaN is its word for a tail unlike any Pareto's
+        smoothed, shape = array_stats.psislw(-padded)
+        shape = math.inf if np.isnan(shape) else shape
+    smallest = int(padded.argmin())
+    log_evidence = float(padded[smallest] - smoothed[smallest] - math.log(n_draws))
+    weights = np.where(valid, np.exp(smoothed), 0.0)
+    weights /= weights.sum()
+    spread = n_draws * (weights**2).sum() - 1
+    error = math.sqrt(max(spread, 0.0) / n_draws)
+    return Smoothed(weights, float(shape), log_evidence, error)
 
 
 @dataclass(frozen=True)

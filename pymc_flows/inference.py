@@ -161,7 +161,7 @@ class NFVI(Inference):
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
         obj_n_mc : int, optional
-            Draws a step. By default 64, and 256 in a second stage, after which the flow also has
+            Draws a step. By default 64, and 512 in a second stage, in which ``flow`` also has
             more layers, where the weights of what the first reached are uneven.
         obj_optimizer : callable, optional
             One of PyMC's, such as ``pm.adam(learning_rate=1e-3)``, in place of ours; it then has no
