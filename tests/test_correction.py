@@ -2,8 +2,8 @@
 
 import numpy as np
 import pymc as pm
-import pytest
 import pytensor
+import pytest
 from arviz_stats.base import array_stats
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
@@ -127,7 +127,7 @@ def test_a_base_space_model_stays_as_it_was_made(normal, python):
 
 
 def test_names_of_the_model_are_not_taken(python):
-    with pm.Model() as model:
+    with pm.Model():
         pm.Normal("noise")
         pm.Normal("log_weight")
         approx = NormalizingFlow("scale-loc")
