@@ -69,25 +69,33 @@ def importance_resample(
     _check(draws=draws, proposals=proposals)
     choose, sample = np.random.SeedSequence(random_seed).spawn(2)
     drawn = with_density(approx).sample(proposals, random_seed=_integer(sample))
-    log_weights = _log_weights(drawn)
-    weighed = smooth(log_weights)
-    if not np.isfinite(weighed.log_evidence):
-        raise ValueError(f"approx must draw where the model has a density: none of {proposals} is")
-    # one jump of a comb with evenly spaced teeth: no noise beyond what whole numbers need
-    teeth = (np.arange(draws) + np.random.default_rng(choose).random()) / draws
-    chosen = np.searchsorted(np.cumsum(weighed.weights), teeth).clip(max=proposals - 1)
-    np.random.default_rng(choose).shuffle(chosen)
-    limit = khat_threshold(proposals)
-    if weighed.khat > limit:
+    result = resampled(drawn, draws, choose)
+    said = result["correction"].attrs
+    if said["khat"] > said["khat_threshold"]:
         _warn(
-            f"k-hat {weighed.khat:.2f} of the importance weights is above {limit:.2f}: they do not make "
-            "up for what the fit misses. Try sample_neutra, or NUTS"
+            f"k-hat {said['khat']:.2f} of the importance weights is above "
+            f"{said['khat_threshold']:.2f}: they do not make up for what the fit misses. Try "
+            "sample_neutra, or NUTS"
         )
+    return result
+
+
+def resampled(drawn: DataTree, draws: int, seed: np.random.SeedSequence) -> DataTree:
+    """As :func:`importance_resample`, of draws that there are."""
+    weighed = smooth(_log_weights(drawn))
+    n_drawn = weighed.weights.size
+    if not np.isfinite(weighed.log_evidence):
+        raise ValueError(f"approx must draw where the model has a density: none of {n_drawn} is")
+    rng = np.random.default_rng(seed)
+    # one jump of a comb with evenly spaced teeth: no noise beyond what whole numbers need
+    teeth = (np.arange(draws) + rng.random()) / draws
+    chosen = np.searchsorted(np.cumsum(weighed.weights), teeth).clip(max=n_drawn - 1)
+    rng.shuffle(chosen)
     said = {
         "method": "Pareto-smoothed importance resampling",
-        "proposals": proposals,
+        "proposals": n_drawn,
         "khat": weighed.khat,
-        "khat_threshold": limit,
+        "khat_threshold": khat_threshold(n_drawn),
         "ess": weighed.ess,
         "distinct": int(np.unique(chosen).size),
     }

@@ -274,16 +274,20 @@ def _errors(result, log_weights, weights, var_names) -> pd.DataFrame:
     difference = weights - 1 / weights.size
     shift = z @ difference
     centred = z - shift[:, None]
-    variance = np.where(constant[:, 0], 1.0, centred**2 @ weights)
-    # relative error of an sd: half that of its variance
-    influence = np.where(constant, 0.0, (centred**2 / variance[:, None] - 1) / 2)
+    variance = np.where(constant[:, 0], 1.0, centred**2 @ weights)[:, None]
+    # relative error of an sd: half that of its variance, of which one draw alone says nothing
+    known = ~constant & (variance > 0)
+    influence = np.divide(centred**2, 2 * variance, out=np.full_like(z, np.inf), where=known) - 0.5
+    influence = np.where(constant, 0.0, influence)
+    with np.errstate(over="ignore"):
+        sd_change_se = np.sqrt(influence**2 @ difference**2)
     tails = np.array([[_tail(log_weights, row), _tail(log_weights, row**2)] for row in z])
     return pd.DataFrame(
         {
             "mean_shift": shift,
             "mean_shift_se": np.sqrt(z**2 @ difference**2),
-            "sd_change": np.sqrt(variance) - 1,
-            "sd_change_se": np.sqrt(influence**2 @ difference**2),
+            "sd_change": np.sqrt(variance[:, 0]) - 1,
+            "sd_change_se": sd_change_se,
             "khat_mean": tails[:, 0],
             "khat_variance": tails[:, 1],
         },

@@ -10,6 +10,8 @@ from arviz_stats.base import array_stats
 
 # below: a quarter of the draws' worth is lost to the weights
 EVEN = 0.75
+# below: a few draws decide, and moments that they do not move say nothing
+TOO_FEW = 0.1
 # beyond one standard error of the change itself
 SMALL_SHIFT, SMALL_CHANGE = 0.02, 0.05
 # nats by which log weights differ that are the same but for rounding
@@ -77,7 +79,8 @@ def smooth(log_weights: np.ndarray) -> Smoothed:
         shape, smoothed = 0.0, padded - np.logaddexp.reduce(padded)
     else:
         # ArviZ negates what it is given; NaN is its word for a tail unlike any Pareto's
-        smoothed, shape = array_stats.psislw(-padded)
+        with np.errstate(over="ignore"):
+            smoothed, shape = array_stats.psislw(-padded)
         shape = math.inf if np.isnan(shape) else shape
     smallest = int(padded.argmin())
     log_evidence = float(padded[smallest] - smoothed[smallest] - math.log(n_draws))
@@ -122,7 +125,7 @@ class Weighing:
     def even(self) -> bool:
         """Whether the weights give no reason to go on fitting."""
         moved = self.clear_shift > SMALL_SHIFT or self.clear_change > SMALL_CHANGE
-        return not (self.ess < EVEN and moved)
+        return self.ess >= EVEN or not (moved or self.ess < TOO_FEW)
 
 
 def weigh(log_weights: np.ndarray, z: np.ndarray) -> Weighing:

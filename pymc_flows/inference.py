@@ -140,7 +140,9 @@ class NFVI(Inference):
             Steps over which the model's density is flattened, ever less, so that a flow finds modes
             apart from its start: raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende
             & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO. By
-            default none, but 500 where the search for a start ended in several modes.
+            default none, but 500, at most a third of ``n``, where the search for a start ended in
+            several modes. The Jacobians of the model's transforms are left as they are, except where
+            JAX can't compile the model.
         gradient : {"stl", "reparameterization", "dreg"}, default "stl"
             The gradient's estimator; see :func:`pymc_flows.objective.build_objective`.
         initialize : bool, default True
@@ -152,17 +154,19 @@ class NFVI(Inference):
             Steps from one look at the losses to the next, at which the rate may be cut and the fit
             end. More tell a slower fall from noise; with 0 all ``n`` steps are taken.
         n_restarts : int, default 1
-            Fits from other points and weights, of which the one with the highest ELBO is kept.
+            Fits from other points and weights, of which the one with the highest ELBO is kept; those
+            that fail are told in a warning. Every second one is annealed over 1000 steps, unless ``annealing`` is given.
             ``approx.fit_stats["restarts"]`` has the ELBO of each and how far its means and
             standard deviations are from those kept; ``"restarts_agree"`` whether they are near;
-            a warning says so where they are not.
+            a warning says so where they are not. A callback ends one fit, Ctrl-C all.
         vectorize : bool, optional
             Evaluate the log density of all draws as one batch, or loop over them. By default a
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
         obj_n_mc : int, optional
             Draws a step. By default 64, and 512 in a second stage, in which ``flow`` also has
-            more layers, where the weights of what the first reached are uneven.
+            more layers (unless there are callbacks, which may count on the weights' shape), where the
+            weights of what the first reached are uneven.
         obj_optimizer : callable, optional
             One of PyMC's, such as ``pm.adam(learning_rate=1e-3)``, in place of ours; it then has no
             schedule and no adaptive clipping.
@@ -193,6 +197,8 @@ class NFVI(Inference):
             raise ValueError(f"n must be at least 0, got {n}")
         if annealing is not None and annealing < 0:
             raise ValueError(f"annealing must be at least 0, got {annealing}")
+        if annealing and annealing >= n > 0:
+            raise ValueError(f"annealing must be below n={n}, got {annealing}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
         if n_draws < 1:
@@ -315,6 +321,11 @@ def _joint(flow, model, random_seed) -> FlowApproximation:
     if isinstance(flow, FlowApproximation):
         if random_seed is not None:
             flow.rng = np.random.RandomState(random_seed)
+            seeds = np.random.SeedSequence(random_seed).generate_state(len(flow.groups))
+            for group, seed in zip(flow.groups, seeds, strict=True):
+                if isinstance(group, FlowGroup) and not group.seeded:
+                    # weights that there are stay; those of a search's start are drawn from it
+                    group.rng = np.random.RandomState(int(seed))
         return flow
     if isinstance(flow, Approximation):
         flow = flow.groups

@@ -144,7 +144,7 @@ def find_start(
         If no starting point has a finite log density and gradient.
     """
     if draws is not None:
-        given = _gaussian_of(draws)
+        given = gaussian_of(draws)
         gaussian = _best(target, [settle(target, given, rng), given], rng)
         if np.isfinite(gaussian.elbo):
             return Start(gaussian, gaussian.loc[None])
@@ -190,7 +190,7 @@ def _best(target, gaussians, rng):
     return max((judge(target, g, fresh) for g in gaussians), key=lambda g: g.elbo - g.elbo_se)
 
 
-def _gaussian_of(draws):
+def gaussian_of(draws: np.ndarray) -> Gaussian:
     """Gaussian with the draws' mean and, where they are enough to tell, their covariance."""
     loc, away = draws.mean(axis=0), draws - draws.mean(axis=0)
     if len(draws) < 3 * loc.size or loc.size > FULL_MAX_DIM:

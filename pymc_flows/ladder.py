@@ -28,11 +28,14 @@ from pymc_flows.initialization import (
     balanced_noise,
     find_start,
     fits,
+    gaussian_of,
 )
 from pymc_flows.log_density import has_minibatch
-from pymc_flows.objective import Pulled, Target, build_objective
+from pymc_flows.objective import Pulled, Target, build_objective, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 
+# draws a call, at least, for what is not a step
+BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
 # effective share of draws below which more are weighed, for one heavy draw can decide it
@@ -48,7 +51,7 @@ IMPROPER = 1e12
 # steps of a fit whose search ended in several modes
 ANNEALING = 500
 # of several fits, what is told of the one that is kept
-HOW_IT_ENDED = ("stopped", "start_elbo", "modes", "ess", "elbo", "state")
+HOW_IT_ENDED = ("stopped", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Ladder:
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
-        self.interrupted = False
+        self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
 
     def climb(self) -> None:
@@ -117,10 +120,14 @@ class Ladder:
         if (settings.initialize or settings.n > 0) and self._density_is_fixed():
             self._compile_target()
         good = False
-        if self.target is not None and settings.initialize and not self._was_fitted():
-            with self._timed("start"):
-                good = self._initialize(self.target)
-            self._mark_as_fitted()
+        self._resumed = self._was_fitted()
+        if not self._resumed:
+            if self.target is not None and settings.initialize:
+                with self._timed("start"):
+                    good = self._initialize(self.target)
+                self._mark_as_fitted()
+            else:
+                self._place_by_draws()
         if settings.n == 0 or good:
             even = "the affine map fits: its importance weights are even"
             self._record(Run(stopped=even if good else "initialisation only"))
@@ -135,20 +142,21 @@ class Ladder:
         n, rate = settings.n, settings.rate
         self._train(step, Schedule(rate, n, self._annealing(), settings.patience), n)
         self._mark_as_fitted()
-        if self.start is None or not step.has_rate:
+        if self.target is None:
             return
         try:
             self._finish(n - self.losses.size)
         except KeyboardInterrupt:
-            approx.fit_stats["stopped"] += "; interrupted before its weights were judged"
+            approx.fit_stats["stopped"] += "; interrupted after its training"
 
     def _finish(self, n_left: int) -> None:
         """Go on with a larger flow and more draws where weights are uneven; warn if they stay so."""
         settings, judgement = self.settings, self.judge()
-        enough = judgement.weighing.even or self.interrupted or n_left < LEAST_STEPS
-        if settings.may_grow and not enough:
+        over = self.start is None or self.interrupted or self.called_off or n_left < LEAST_STEPS
+        if settings.may_grow and not over and not judgement.weighing.even:
             for group in self._flows:
-                if group.may_grow:
+                # callbacks may count on the weights' shape
+                if group.may_grow and not settings.callbacks:
                     group.grow(MORE_LAYERS)
             self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
@@ -162,33 +170,41 @@ class Ladder:
         """Train further with the step, optimizer's memory and noise that there are."""
         step = self.step or self._compile_step(self.settings.n_draws)
         self._train(step, Schedule(rate, n, 0, self.settings.patience), n)
+        if self.target is not None:
+            self._finish(0)
 
     def judge(self) -> Judgement:
         """Fresh draws of what was reached, weighed; only where the model's density is fixed."""
-        judgement = self._judge(WEIGHED_DRAWS)
-        if judgement.weighing.ess < DOUBTFUL:
-            judgement = self._judge(4 * WEIGHED_DRAWS)
+        with self._timed("training"):
+            judgement = self._judge(self._seed(), WEIGHED_DRAWS)
+            if judgement.weighing.ess < DOUBTFUL:
+                judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
 
-    def _judge(self, n_draws):
+    def _seed(self):
+        return int(self.approx.rng.randint(2**30))
+
+    def _judge(self, seed, n_draws):
+        step = self.step
+        if step is not None and (step.n_draws >= BATCH or self.target is None):
+            return step.judge(seed, -(-n_draws // step.n_draws))
         assert self.target is not None
-        seed = int(self.approx.rng.randint(2**30))
-        if self.step is not None:
-            return self.step.judge(seed, -(-n_draws // self.step.n_draws))
         flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
         shapes = [(n_draws, group.ddim) for group in self.approx.groups]
         x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
-        log_p, _ = self.target(x)
-        return Judgement(x, np.where(np.isfinite(log_p), log_p - log_q, -np.inf))
+        log_p, score = self.target(x)
+        valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
+        return Judgement(x, np.where(valid, log_p - log_q, -np.inf))
 
     def _annealing(self) -> int:
         if self.settings.annealing is not None:
             return self.settings.annealing
         several = self.start is not None and len(self.start.modes) > 1
         split = self.target is not None and self.target.fell_back
-        return ANNEALING if several and not split else 0
+        # the steps after it must be enough to fit what it found
+        return min(ANNEALING, self.settings.n // 3) if several and not split else 0
 
     def _density_is_fixed(self):
         settings = self.settings
@@ -204,14 +220,17 @@ class Ladder:
 
     def _compile_target(self):
         settings = self.settings
-        if self.target is None:
-            with self.approx.model, self._timed("compile"):
-                self.target = Target(
-                    self.approx,
-                    settings.n_draws,
-                    vectorize=settings.vectorize,
-                    **settings.compiling,
-                )
+        if self.target is not None:
+            return
+
+        def compiled(n_draws):
+            return Target(self.approx, n_draws, vectorize=settings.vectorize, **settings.compiling)
+
+        with self.approx.model, self._timed("compile"):
+            self.target = compiled(max(settings.n_draws, BATCH))
+            if self.target.fell_back and settings.n_draws < BATCH:
+                # each step will call it, with its own draws
+                self.target = compiled(settings.n_draws)
 
     def _compile_step(self, n_draws) -> Step:
         approx, settings, target = self.approx, self.settings, self.target
@@ -266,7 +285,20 @@ class Ladder:
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
         good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
         self._place(start.gaussian, good)
+        if alone is None:
+            self._place_by_draws()
         return good
+
+    def _place_by_draws(self) -> None:
+        """Put each flow that was given draws to start from where these are."""
+        for group in self._flows:
+            if group.start_draws is not None:
+                draws = group.start_draws
+                if group.noncentering is not None:
+                    draws = undo(group.noncentering, draws)
+                gaussian = gaussian_of(draws)
+                group.restart(gaussian.loc, gaussian.factor)
+        self.approx.forget_functions()
 
     def _refuse_improper(self, gaussian: Gaussian) -> None:
         names = [name for group in self.approx.groups for name in _labels(group)]
@@ -277,8 +309,9 @@ class Ladder:
         ]
         if wide:
             raise ValueError(
-                f"the posterior must be proper, and the search for a start found no end to "
-                f"{', '.join(wide)} on the unconstrained space: give what nothing bounds a prior"
+                f"the posterior must be proper and no wider than {IMPROPER:.0e}, and the search for a "
+                f"start found no end to {', '.join(wide)} on the unconstrained space: give what nothing "
+                "bounds a prior, or other units"
             )
 
     def _place(self, gaussian: Gaussian, good: bool) -> None:
@@ -318,13 +351,13 @@ class Ladder:
                     callbacks=settings.callbacks,
                     look=self._look if self.start is not None else None,
                     score=settings.score,
-                    steps_before=self.losses.size,
+                    earlier=self.losses,
                     progressbar=settings.progressbar,
                     theme=settings.theme,
                 )
         finally:
             settle(approx.params)
-        self.interrupted = run.interrupted
+        self.interrupted, self.called_off = run.interrupted, run.called_off
         self._choose(step, run)
         self.losses = np.concatenate([self.losses, run.losses])
         self._record(run)
@@ -344,18 +377,18 @@ class Ladder:
 
     def _choose(self, step: Step, run: Run) -> None:
         """End in the state with the best ELBO, judged on fresh draws common to all."""
-        if self.start is None:
+        if self.start is None and not self._resumed and not self.losses.size:
             # no start was found that the fit could fall behind
             run.states.pop("first", None)
-        if not step.has_rate or len(run.states) < 2:
+        if len(run.states) < 2:
             return
         found = {}
         params: Any = step.params
-        seed = int(self.approx.rng.randint(2**30))
+        seed = self._seed()
         try:
             for name, state in run.states.items():
                 _set_values(params, state)
-                found[name] = step.judge(seed, -(-CHOICE_DRAWS // step.n_draws)).elbo
+                found[name] = self._judge(seed, CHOICE_DRAWS).elbo
         except KeyboardInterrupt:
             self.interrupted = True
         best = max(found or ["last"], key=lambda name: found.get(name, -np.inf))
@@ -383,10 +416,13 @@ class Ladder:
 
     def _count(self) -> None:
         """Add the gradients evaluated since the last count to the approximation's."""
-        counters = [c.evaluations for c in (self.target, self.step) if c is not None]
-        total = sum(counters) + self._earlier_steps
+        total = self._evaluated()
         self.approx.fit_stats["gradient_evaluations"] += total - self._counted
         self._counted = total
+
+    def _evaluated(self):
+        counters = [c.evaluations for c in (self.target, self.step) if c is not None]
+        return sum(counters) + self._earlier_steps
 
     def _look_for_modes(self, judgement: Judgement) -> None:
         """Warn of modes that the search found and the fit leaves out."""
@@ -400,9 +436,10 @@ class Ladder:
                 local = about(target, mode, self._spread(judgement))
                 x = local.draws(noise)
                 log_p = target(x)[0] - judgement.log_evidence
-                left_out = log_p - self._log_density(x) > 2
-                share = np.exp(log_p - local.log_density(noise))
-                missed += bool(share[left_out & np.isfinite(share)].sum() / noise.shape[0] > 0.02)
+                left_out = np.isfinite(log_p) & (log_p - self._log_density(x) > 2)
+                # a share beyond all bounds is missed as much as one of the whole
+                share = np.exp(np.minimum(log_p - local.log_density(noise), 100.0))
+                missed += bool(share[left_out].sum() / noise.shape[0] > 0.02)
         except NotImplementedInference:
             _warn(
                 f"the search for a start ended in {len(self._modes)} places apart from each other: "
@@ -432,7 +469,7 @@ class Ladder:
         names = [name for group in self.approx.groups for name in _labels(group)]
         shifted, changed = int(weighing.shift.argmax()), int(weighing.change.argmax())
         _warn(
-            f"the fit's importance weights are uneven (effective sample size {weighing.ess:.0%} of "
+            f"the fit's importance weights are uneven (effective sample size {weighing.ess:.1%} of "
             f"the draws): they would move the mean of {names[shifted]} by "
             f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
             f"{weighing.change[changed]:.0%}, or more where the draws do not reach. Compare with "
@@ -454,10 +491,16 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
 
     ``approx.fit_stats`` counts what all took together, and gets ``restarts`` and ``restarts_agree``.
     """
+    if not (Ladder(approx, settings)._density_is_fixed() and (settings.initialize or settings.n)):
+        raise ValueError(
+            "n_restarts must be 1 where the density changes from step to step (minibatches, "
+            f"more_obj_params, more_replacements) or nothing is fitted, got {n_restarts}"
+        )
     others = [p for g in approx.groups if not isinstance(g, FlowGroup) for p in g.params]
     initial = [np.array(p.get_value()) for p in others]
     target: Target | None = None
     fits_made: list[Any] = []
+    failure: Exception | None = None
     for restart in range(n_restarts):
         if restart:
             _set_values(others, initial)
@@ -465,19 +508,17 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
                 if isinstance(group, FlowGroup):
                     group.forget()
             approx.forget_functions()
-        ladder = Ladder(approx, settings, target)
+        ladder = Ladder(approx, _varied(settings, restart), target)
         try:
             ladder.climb()
         except KeyboardInterrupt:
             if not fits_made:
                 raise
             break
+        except FloatingPointError as error:
+            failure = error
+            continue
         target = ladder.target
-        if target is None:
-            raise ValueError(
-                "n_restarts must be 1 where the density changes from step to step (minibatches, "
-                f"more_obj_params, more_replacements), got {n_restarts}"
-            )
         judgement = ladder.judge()
         back = [g.snapshot() for g in approx.groups if isinstance(g, FlowGroup)]
         values = [np.array(p.get_value()) for p in others]
@@ -485,19 +526,36 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
         fits_made.append((judgement, ladder, back, values, how))
         if ladder.interrupted:
             break
+    if failure is not None:
+        if not fits_made:
+            raise failure
+        _warn(f"{n_restarts - len(fits_made)} of {n_restarts} restarts failed; the last: {failure}")
     best, ladder, back, values, how = max(fits_made, key=lambda made: made[0].elbo)
     for bring_back in back:
         bring_back()
     _set_values(others, values)
     approx.forget_functions()
+    for name in HOW_IT_ENDED:
+        approx.fit_stats.pop(name, None)
     approx.fit_stats |= how
+    # the others' evaluations, of the target that all share, were counted already
+    ladder._counted = ladder._evaluated()
     report = [_compared(judgement, best) for judgement, *_ in fits_made]
-    agree = all(one["shift"] < 0.2 and 0.8 < one["sd_ratio"] < 1.25 for one in report)
+    agree: bool | None = None
+    if len(report) > 1:
+        agree = all(one["shift"] < 0.2 and 0.8 < one["sd_ratio"] < 1.25 for one in report)
     approx.fit_stats |= {"restarts": report, "restarts_agree": agree}
-    if not agree:
+    if agree is False:
         found = "; ".join(f"{k} {v:.3g}" for one in report for k, v in one.items())
         _warn(f"the restarts disagree, and the one with the highest ELBO was kept: {found}")
     return ladder
+
+
+def _varied(settings, restart):
+    """Anneal every second restart, where that was left to the fit: what one misses, the other may find."""
+    if settings.annealing is None and restart % 2:
+        return replace(settings, annealing=2 * ANNEALING)
+    return settings
 
 
 def _compared(judgement, best):

@@ -15,7 +15,7 @@ from pytensor.graph.replace import graph_replace
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.approximation import FlowApproximation
-from pymc_flows.bijections import Params, flatten
+from pymc_flows.bijections import Bijection, Params, flatten
 from pymc_flows.compilation import compile_function, prefers_jax, runs_on_jax
 from pymc_flows.log_density import has_minibatch, log_density
 
@@ -109,16 +109,11 @@ class Pulled:
 
     def undo(self, x: np.ndarray) -> np.ndarray:
         """Points y (points, dim) of which the layer makes x (points, dim)."""
-        return self._map(self.layer.inverse, x)
+        return undo(self.layer, x)
 
     def redo(self, y: np.ndarray) -> np.ndarray:
         """Points x (points, dim) that the layer makes of y (points, dim)."""
-        return self._map(self.layer.forward, y)
-
-    def _map(self, direction, points):
-        params = Params(pt.constant(self.weights), self.layer.weight_shapes)
-        found, _ = direction(pt.constant(floatX(points)), params)
-        return pytensor.function([], found, mode="FAST_COMPILE")()
+        return _map(self.layer, self.layer.forward, y)
 
     def _evaluate(self, y):
         y = floatX(y)
@@ -126,6 +121,18 @@ class Pulled:
         # a score that is not finite stays so, whatever it is multiplied with
         _, log_det, pulled = self.function(y, floatX(score), self.weights)
         return log_p + np.asarray(log_det), pulled
+
+
+def undo(layer: Bijection, x: np.ndarray) -> np.ndarray:
+    """Points y (points, dim) of which a layer, with its weights as they are at first, makes x."""
+    return _map(layer, layer.inverse, x)
+
+
+def _map(layer, direction, points):
+    weights = floatX(flatten(layer.init(np.random.default_rng(0))))
+    params = Params(pt.constant(weights), layer.weight_shapes)
+    found, _ = direction(pt.constant(floatX(points)), params)
+    return pytensor.function([], found, mode="FAST_COMPILE")()
 
 
 def _in_batches(function, points, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -163,7 +164,7 @@ class Step:
         self.n_accepted = 0
         self.running_norm = math.inf
 
-        rate, clip = pt.scalar("rate"), pt.scalar("clip")
+        rate, clip, learn = pt.scalar("rate"), pt.scalar("clip"), pt.scalar("learn")
         norm = pt.sqrt(sum((g**2).sum() for g in objective.gradients))
         shrink = pt.minimum(1, clip / pt.maximum(norm, np.finfo(rate.dtype).tiny))
         gradients = [(g * shrink).astype(g.dtype) for g in objective.gradients]
@@ -172,6 +173,7 @@ class Step:
         else:
             updates = dict(optimizer(gradients, objective.params))
         ok = pt.isfinite(objective.loss) & pt.isfinite(norm) & (objective.n_valid > 0)
+        ok &= learn > 0
         for param in objective.params:
             ok &= pt.isfinite(updates[param].sum())
         guarded = {p: pt.switch(ok, new, p).astype(p.dtype) for p, new in updates.items()}
@@ -181,7 +183,7 @@ class Step:
             self.density_shapes = [d.type.shape for d in objective.density]
         self.updated = list(updates)
         self.function = compile_function(
-            [*objective.noise, *objective.density, objective.temper, rate, clip],
+            [*objective.noise, *objective.density, objective.temper, rate, clip, learn],
             [objective.loss, objective.n_valid, norm, ok, objective.x, objective.log_weights],
             updates=updates,
             random_seed=seed,
@@ -198,7 +200,9 @@ class Step:
             before = [s.get_value() for s in shared]
             density = self.density_shapes if self.target is not None else []
             density = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in density]
-            function(*self._zeros(), *density, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0)))
+            function(
+                *self._zeros(), *density, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0, 0.0))
+            )
             for variable, value in zip(shared, before, strict=True):
                 variable.set_value(value)
 
@@ -226,7 +230,7 @@ class Step:
             self.running_norm = 0.95 * self.running_norm + 0.05 * norm if known else norm
         return float(loss), int(n_valid), accepted
 
-    def _call(self, noise, temper, rate, clip):
+    def _call(self, noise, temper, rate, clip, learn=1.0):
         density = []
         if self.target is not None and self.draw is not None:
             x, _ = self.draw(*noise)
@@ -234,23 +238,25 @@ class Step:
         else:
             self.evaluations += self.n_draws
         return self.function(
-            *noise, *density, *(floatX(np.asarray(v)) for v in (temper, rate, clip))
+            *noise, *density, *(floatX(np.asarray(v)) for v in (temper, rate, clip, learn))
         )
 
     def judge(self, seed: int, n_batches: int) -> Judgement:
         """Draw afresh from the present parameters and weigh the draws.
 
-        With a rate of zero the step changes nothing but the optimizer's memory, which is put back.
+        A step that is not to learn changes only what the user's ``more_updates`` do; that is put back.
         """
         rng = np.random.default_rng(seed)
         memory = [variable.get_value() for variable in self.updated]
         parts = []
-        for _ in range(n_batches):
-            noise = [floatX(rng.standard_normal(shape)) for shape in self.shapes]
-            *_, x, log_weights = self._call(noise, 1.0, 0.0, 1.0)
-            parts.append((np.asarray(x), np.asarray(log_weights)))
-        for variable, value in zip(self.updated, memory, strict=True):
-            variable.set_value(value)
+        try:
+            for _ in range(n_batches):
+                noise = [floatX(rng.standard_normal(shape)) for shape in self.shapes]
+                *_, x, log_weights = self._call(noise, 1.0, 0.0, 1.0, learn=0.0)
+                parts.append((np.asarray(x), np.asarray(log_weights)))
+        finally:
+            for variable, value in zip(self.updated, memory, strict=True):
+                variable.set_value(value)
         return Judgement(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -271,9 +277,11 @@ class Judgement:
 
     @property
     def elbo(self) -> float:
-        """Evidence lower bound over the valid draws, in nats; -inf where most are invalid."""
+        """Evidence lower bound of the approximation cut to its valid draws, in nats."""
         valid = np.isfinite(self.log_weights)
-        return float(self.log_weights[valid].mean()) if valid.mean() >= 0.5 else -math.inf
+        if not valid.any():
+            return -math.inf
+        return float(self.log_weights[valid].mean() + math.log(valid.mean()))
 
     @property
     def log_evidence(self) -> float:
@@ -282,13 +290,14 @@ class Judgement:
 
     @functools.cached_property
     def weighing(self) -> Weighing:
-        """What the weights would change, of the draws that are valid."""
-        valid = np.isfinite(self.log_weights) & np.isfinite(self.x).all(axis=1)
-        x = self.x[valid]
-        if len(x) < 2:
+        """What the weights would change; a draw without density has none."""
+        placed = np.isfinite(self.x).all(axis=1)
+        x, log_weights = self.x[placed], self.log_weights[placed]
+        if np.isfinite(log_weights).sum() < 2:
             unknown = np.full(self.x.shape[1], np.inf)
             return Weighing(0.0, unknown, np.zeros_like(unknown), unknown, np.zeros_like(unknown))
-        return weigh(self.log_weights[valid], (x - x.mean(axis=0)) / x.std(axis=0))
+        found = weigh(log_weights, (x - x.mean(axis=0)) / x.std(axis=0))
+        return dataclasses.replace(found, ess=found.ess * float(placed.mean()))
 
 
 def _adam(gradients, params, rate):
@@ -314,7 +323,9 @@ class Run:
     stopped : str
         Why it ended.
     interrupted : bool
-        Whether by a callback or Ctrl-C.
+        Whether by Ctrl-C.
+    called_off : bool
+        Whether by a callback.
     nonfinite_steps, invalid_draws : int
         Steps skipped, and draws left out of the others.
     roll_backs : int
@@ -328,6 +339,7 @@ class Run:
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     stopped: str = ""
     interrupted: bool = False
+    called_off: bool = False
     nonfinite_steps: int = 0
     invalid_draws: int = 0
     roll_backs: int = 0
@@ -344,7 +356,7 @@ def train(
     callbacks: Sequence[Callable] = (),
     look: Callable[[Schedule, int], str] | None = None,
     score: bool = True,
-    steps_before: int = 0,
+    earlier: np.ndarray | None = None,
     progressbar: bool = True,
     theme: Any = None,
 ) -> Run:
@@ -367,8 +379,8 @@ def train(
         end the run, or nothing.
     score : bool
         Whether callbacks get the losses; None otherwise.
-    steps_before : int
-        Steps of earlier runs, which the callbacks' i counts on from.
+    earlier : ndarray, optional
+        Losses of earlier runs of the same fit; callbacks get them too, and i counts on from them.
     progressbar, theme
         As in ``pm.fit``.
 
@@ -377,7 +389,10 @@ def train(
     FloatingPointError
         After 50 failed steps in a row, naming what was not finite.
     """
-    losses = np.full(n_steps, np.nan)
+    n_before = 0 if earlier is None else earlier.size
+    all_losses = np.full(n_before + n_steps, np.nan)
+    all_losses[:n_before] = [] if earlier is None else earlier
+    losses = all_losses[n_before:]
     run = Run(losses, stopped=f"all {n_steps} steps taken")
     keeper = Keeper(getattr(step, "params", []))
     started = time.perf_counter()
@@ -408,8 +423,12 @@ def train(
                     if n_failing % ROLL_BACK_AFTER == 0 and keeper.restore():
                         schedule.roll_back()
                         run.roll_backs += 1
+                if callbacks:
+                    # which may evaluate the approximation on another backend
+                    settle(keeper.params)
                 for callback in callbacks:
-                    callback(approx, losses[:n_taken] if score else None, steps_before + n_taken)
+                    i_all = n_before + n_taken
+                    callback(approx, all_losses[:i_all] if score else None, i_all)
                 if progressbar and (n_taken % 20 == 0 or n_taken == n_steps):
                     progress.update(task, completed=n_taken, loss=trend(losses[:n_taken]))
                 if n_taken > schedule.annealing and keeper.diverged(losses[:n_taken]):
@@ -431,7 +450,7 @@ def train(
             run.interrupted = True
         except StopIteration as stop:
             run.stopped = str(stop) or f"a callback ended it after {n_taken} steps"
-            run.interrupted = True
+            run.called_off = True
         finally:
             run.losses = losses[:n_taken]
             run.seconds = time.perf_counter() - started

@@ -416,7 +416,6 @@ def test_pymcs_own_inference_takes_the_approximation(normal, python):
     assert not np.allclose(approx.params[0].get_value(), 0)
 
 
-@pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")  # after 3 steps
 def test_float32_all_through(normal, python):
     with pytensor.config.change_flags(floatX="float32"):
         with pm.Model() as model:

@@ -60,6 +60,15 @@ def test_gaussians_at_known_distances(loc, scale, mean_difference, sd_ratio, w1)
     row = compare(results, reference="nuts").loc[("flow", "x")]
     error = scale * np.sqrt(1 / draws)  # at most 2 sds of 2; five standard errors of a difference
     assert abs(row["mean_difference"] - mean_difference) < 5 * error
+    assert_allclose(row["mean_se"], np.hypot(scale / 2, 1) / np.sqrt(draws), rtol=0.05)
+    for column, level in (("q5_difference", 0.05), ("q95_difference", 0.95)):
+        z = scipy.stats.norm.ppf(level)
+        exact = (loc - 5 + (scale - 2) * z) / 2
+        assert abs(row[column] - exact) < 10 * error
+    ends = 5 + 2 * scipy.stats.norm.ppf(0.99) * np.array([-1, 1])
+    low, high = scipy.stats.norm.cdf(ends, loc, scale)
+    beyond = low + 1 - high
+    assert abs(row["tail_mass"] - beyond) < 10 * np.sqrt(beyond / draws)
     assert abs(row["sd_ratio"] - sd_ratio) < 5 * error
     assert abs(row["w1"] - w1) < 5 * error
 
@@ -105,9 +114,14 @@ def test_one_row_per_method_and_scalar_without_the_reference():
         for i, name in enumerate(["flow", "nuts", "nsf"])
     }
     table = compare(results, reference="nuts")
-    assert list(table.index) == [(m, p) for m in ("flow", "nsf") for p in ("x", "y[0]", "y[1]")]
+    assert sorted(table.index) == [(m, p) for m in ("flow", "nsf") for p in ("x", "y[0]", "y[1]")]
+    for _, rows in table.groupby(level="method"):
+        assert rows["w1"].is_monotonic_decreasing
     assert table.index.names == ["method", "parameter"]
-    assert list(table) == ["mean_difference", "sd_ratio", "w1", "floor_mean", "floor_w1"]
+    assert list(table) == [
+        "mean_difference", "mean_se", "sd_ratio", "q5_difference", "q95_difference", "tail_mass", "w1",
+        "floor_mean", "floor_w1",
+    ]  # fmt: skip
     assert table.attrs["reference"] == "nuts"
 
 

@@ -9,8 +9,6 @@ from numpy.testing import assert_allclose
 from pymc_flows import NFVI
 from pymc_flows.objective import Target
 
-# few steps of small flows: they are right to warn
-pytestmark = pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")
 QUICK = {"obj_n_mc": 32, "progressbar": False}
 
 

@@ -33,6 +33,8 @@ def test_uneven_is_what_both_loses_draws_and_moves_a_moment():
     z = np.random.default_rng(0).normal(size=(8192, 2))
     assert weigh(np.zeros(8192), z).even
     assert not weigh(gaussian_weights(z, 1.0, 1.0), z).even
+    # all is one draw's: what it moves, it moves within its own error
+    assert not weigh(np.where(np.arange(8192) == 7, 30.0, 0.0), z).even
     # many draws are lost to noise that has nothing to do with the moments
     noise = np.random.default_rng(1).normal(size=8192)
     assert weigh(noise, z).ess < 0.5

@@ -1,19 +1,19 @@
 """What a fit does by itself: it grows, ends, starts again, and tells of modes that it misses."""
 
+import arviz as az
 import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pymc.variational.callbacks import CheckParametersConvergence, Tracker
 from pymc.variational.opvi import ParametrizationError
 from threadpoolctl import threadpool_info
 
-from pymc_flows import NFVI, NormalizingFlow
+from pymc_flows import NFVI, NormalizingFlow, importance, ladder
 from pymc_flows.families import affine_map
 from pymc_flows.ladder import MORE_LAYERS
 
-# few steps of small flows: they are right to warn
-pytestmark = pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")
 SMALL = {"n_layers": 1, "hidden": (4,), "random_seed": 1}
 
 
@@ -217,3 +217,179 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread(normal):
     with normal:
         NFVI("loc").fit(2, obj_n_mc=4, initialize=False, callbacks=[look], progressbar=False)
     assert set(seen) == {1}
+
+
+@pytest.fixture
+def never_even(monkeypatch):
+    """Let every fit think that its weights are uneven, and go on."""
+    monkeypatch.setattr(importance, "EVEN", 2.0)
+    monkeypatch.setattr(importance, "TOO_FEW", 2.0)
+    monkeypatch.setattr(ladder, "LEAST_STEPS", 1)
+
+
+def test_callbacks_that_count_on_the_weights_shape_survive_a_second_stage(never_even, python):
+    n_losses = []
+    callbacks = [
+        CheckParametersConvergence(every=1),
+        lambda approx, losses, i: n_losses.append((len(losses), i)),
+    ]
+    with pm.Model():
+        x = pm.Normal("x", shape=2)
+        pm.Potential("banana", -((x[1] - 2 * x[0] ** 2) ** 2))
+        inference = NFVI("flow", hidden=(4,), random_seed=1)
+        approx = inference.fit(300, patience=10, callbacks=callbacks, progressbar=False)
+    assert inference._ladder.step.n_draws == 64 * ladder.MORE_DRAWS
+    assert len(approx.groups[0].layers.layers) < 4 + MORE_LAYERS
+    assert all(n == i for n, i in n_losses)
+    assert [i for _, i in n_losses] == list(range(1, approx.hist.size + 1))
+
+
+def test_draws_where_the_model_has_no_density_are_not_even(python):
+    with pm.Model() as model:
+        x = pm.Normal("x")
+        pm.Potential("half", pt.switch(x > 0, 0.0, -np.inf))
+    with model, pytest.warns(UserWarning, match="uneven|left out") as warned:
+        approx = pm.fit(200, method="flow", random_seed=1, progressbar=False, obj_n_mc=64)
+    assert any("uneven" in str(w.message) for w in warned)
+    assert approx.fit_stats["ess"] < 0.7
+
+
+def test_judging_does_not_train_with_a_users_optimizer(python):
+    with independent(2):
+        inference = NFVI("scale-loc", random_seed=1)
+        inference.fit(3, obj_n_mc=64, obj_optimizer=pm.adam(learning_rate=0.1), progressbar=False)
+    step = inference._ladder.step
+    before = [np.array(v.get_value()) for v in step.updated]
+    one, again = (step.judge(5, 4) for _ in range(2))
+    assert_allclose(one.x, again.x)
+    # one state for all batches: the same noise gives the same draws
+    assert_allclose(step.judge(5, 1).x, one.x[:64])
+    for variable, value in zip(step.updated, before, strict=True):
+        assert_allclose(variable.get_value(), value)
+
+
+def test_a_second_fit_does_not_fall_behind_the_first(python):
+    with independent(2):
+        inference = NFVI("scale-loc", random_seed=1)
+        inference.fit(300, progressbar=False)
+        before = inference._ladder.judge().elbo
+        approx = inference.fit(20, learning_rate=0.5, progressbar=False)
+    assert inference._ladder.judge().elbo > before - 0.02
+    assert approx.fit_stats["state"] == "first"
+
+
+def test_fits_that_are_not_searched_for_are_judged_too(python):
+    with independent(2), pytest.warns(UserWarning, match="uneven"):
+        approx = pm.fit(
+            2, method="scale-loc", start={"x": np.full(2, 3.0)}, initialize=False, progressbar=False
+        )
+    assert approx.fit_stats["ess"] < 0.5
+
+
+def test_few_draws_a_step_are_not_few_in_judging():
+    with independent(2):
+        inference = NFVI("scale-loc", random_seed=1)
+        approx = inference.fit(30, obj_n_mc=1, initialize=False, progressbar=False)
+    assert inference._ladder.step.evaluations == 30
+    assert approx.fit_stats["gradient_evaluations"] > 2048
+
+
+def test_a_callback_ends_one_fit_of_several(python):
+    def stop(approx, losses, i):
+        if i == 3:
+            raise StopIteration("enough")
+
+    with independent(2):
+        inference = NFVI("scale-loc", **{"random_seed": 1})
+        fit = {"initialize": False, "progressbar": False, "callbacks": [stop]}
+        approx = inference.fit(20, n_restarts=3, **fit)
+    assert len(approx.fit_stats["restarts"]) == 3
+    assert approx.fit_stats["stopped"] == "enough"
+
+
+def test_restarts_that_fail_do_not_take_the_others_with_them(monkeypatch, python):
+    climb, n_made = ladder.Ladder.climb, []
+
+    def fail_second(self):
+        n_made.append(1)
+        if len(n_made) == 2:
+            raise FloatingPointError("no luck")
+        climb(self)
+
+    monkeypatch.setattr(ladder.Ladder, "climb", fail_second)
+    fit = {"n_restarts": 2, "progressbar": False}
+    with (
+        independent(2),
+        pytest.warns(UserWarning, match="1 of 2 restarts failed; the last: no luck"),
+    ):
+        approx = pm.fit(30, method="scale-loc", random_seed=1, **fit)
+    assert len(approx.fit_stats["restarts"]) == 1
+    assert approx.fit_stats["restarts_agree"] is None
+    monkeypatch.setattr(
+        ladder.Ladder, "climb", lambda self: (_ for _ in ()).throw(FloatingPointError)
+    )
+    with independent(2), pytest.raises(FloatingPointError):
+        pm.fit(30, method="scale-loc", random_seed=1, **fit)
+
+
+def test_what_restarts_can_do_nothing_for_is_refused_before_a_step(python):
+    steps = []
+    with independent(2) as model:
+        data = pm.Minibatch(np.arange(10.0), batch_size=2)
+        pm.Normal("y", 0, 1, observed=data, total_size=10)
+    callbacks = [lambda approx, losses, i: steps.append(i)]
+    with model, pytest.raises(ValueError, match=r"n_restarts must be 1 .* got 2"):
+        pm.fit(5, method="scale-loc", n_restarts=2, callbacks=callbacks, progressbar=False)
+    assert not steps
+    with independent(2), pytest.raises(ValueError, match="nothing is fitted, got 2"):
+        pm.fit(0, method="scale-loc", n_restarts=2, initialize=False)
+
+
+def test_evaluations_of_restarts_are_counted_once(python):
+    with independent(2):
+        inference = NFVI("scale-loc", random_seed=1)
+        approx = inference.fit(30, n_restarts=2, obj_n_mc=64, progressbar=False)
+        before = approx.fit_stats["gradient_evaluations"]
+        inference.refine(10, progressbar=False)
+    more = approx.fit_stats["gradient_evaluations"] - before
+    # steps, a choice of states, and a judgement of 2048 or 8192 more
+    assert more <= 640 + 4 * 1024 + 2048 + 8192
+
+
+def test_a_seed_reaches_the_weights_of_a_ready_approximation(python):
+    found = []
+    for _ in range(2):
+        with independent(2):
+            approx = NormalizingFlow("realnvp", n_layers=2, hidden=(4,))
+            NFVI(approx, random_seed=1).fit(30, progressbar=False)
+        found.append(approx.params[0].get_value())
+    assert_allclose(*found, rtol=0)
+
+
+def test_annealing_leaves_steps_to_fit():
+    with independent(2), pytest.raises(ValueError, match="annealing must be below n=100, got 100"):
+        pm.fit(100, method="flow", annealing=100)
+
+
+def test_draws_place_the_flows_of_several_groups_and_of_minibatches(python):
+    draws = {"x": np.random.default_rng(1).normal([3.0, -2.0], [0.5, 0.1], size=(1, 400, 2))}
+    with independent(2) as model:
+        pm.Normal("z")
+        start = az.from_dict({"posterior": {**draws, "z": np.zeros((1, 400))}})
+        group = pm.Group([model["x"]], vfam="scale-loc", start=start)
+        NFVI([group, pm.Group(None, vfam="mean_field")]).fit(0, progressbar=False)
+    scales = np.linalg.norm(np.atleast_2d(group.factor), axis=-1)
+    assert_allclose(group.loc, [3, -2], atol=0.1)
+    assert_allclose(scales, [0.5, 0.1], rtol=0.2)
+    with independent(2) as model:
+        data = pm.Minibatch(np.arange(10.0), batch_size=2)
+        pm.Normal("y", 0, 1, observed=data, total_size=10)
+        approx = pm.fit(0, method="scale-loc", start=az.from_dict({"posterior": draws}))
+    assert_allclose(approx.groups[0].loc, [3, -2], atol=0.1)
+
+
+def test_means_can_be_tracked_as_the_warning_says(normal):
+    tracker = Tracker(mean=lambda approx, losses, i: approx.mean.eval())
+    with normal:
+        pm.fit(2, method="scale-loc", callbacks=[tracker], initialize=False, progressbar=False)
+    assert np.shape(tracker["mean"]) == (2, 3)

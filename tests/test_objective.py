@@ -413,7 +413,6 @@ def test_float32_all_through(python):
 
 
 @pytest.mark.filterwarnings("ignore:climbs from several points")  # around the ring
-@pytest.mark.filterwarnings("ignore:the fit's importance weights are uneven")  # after 3 steps
 @pytest.mark.parametrize("write", MODELS)
 def test_jax_fits_and_samples_every_model(write):
     model = build(write)

@@ -243,10 +243,12 @@ def test_callbacks_get_the_losses_so_far_and_the_count():
     def callback(approx, losses, i):
         calls.append((approx, losses.copy(), i))
 
-    result = run([3.0, 2.0, 1.0], callbacks=[callback], steps_before=100)
+    result = run([3.0, 2.0, 1.0], callbacks=[callback], earlier=np.array([5.0, 4.0]))
     assert [c[0] for c in calls] == ["approx"] * 3
-    assert [c[1].tolist() for c in calls] == [[3.0], [3.0, 2.0], [3.0, 2.0, 1.0]]
-    assert [c[2] for c in calls] == [101, 102, 103]
+    assert [c[1].tolist() for c in calls] == [
+        [5.0, 4.0, 3.0], [5.0, 4.0, 3.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]
+    ]  # fmt: skip
+    assert [c[2] for c in calls] == [3, 4, 5]
     assert result.losses.tolist() == [3.0, 2.0, 1.0]
     assert result.stopped == "all 3 steps taken"
 
