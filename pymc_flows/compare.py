@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_stats.base import array_stats
 
 from pymc_flows import distances
 from pymc_flows.distances import wasserstein
@@ -305,6 +304,8 @@ def _descending(column: pd.Series) -> np.ndarray:
 
 def _standard_error(draws: np.ndarray) -> np.ndarray:
     """Monte Carlo errors of the means of rows (scalars, draws), chains end to end."""
+    from arviz_stats.base import array_stats  # slow to import
+
     errors = np.zeros(len(draws))
     for i, row in enumerate(draws):
         if np.ptp(row) > 0:

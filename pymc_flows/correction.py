@@ -12,7 +12,6 @@ import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
 import xarray as xr
-from arviz_stats.base import array_stats
 from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.variational.opvi import Approximation
 from pytensor.graph.replace import graph_replace
@@ -271,17 +270,18 @@ def sample_neutra(
     installed = all(importlib.util.find_spec(name) for name in ("jax", "nutpie"))
     if installed and not {"backend", "nuts_sampler", "compile_kwargs"} & set(kwargs):
         kwargs["backend"] = "jax"
-    names = [v.name for v in (*approx.model.free_RVs, *approx.model.deterministics)]
-    kwargs.setdefault("var_names", names)
-    result = pm.sample(draws, model=neutra, random_seed=random_seed, **kwargs)
+    own = [v.name for v in (*approx.model.free_RVs, *approx.model.deterministics)]
+    names = list(kwargs.pop("var_names", own))
+    # the sampler checks the convergence of the noise, so it must be kept till then
+    kept = [*names, *(v.name for v in neutra.free_RVs)]
+    result = pm.sample(draws, model=neutra, random_seed=random_seed, var_names=kept, **kwargs)
     if not isinstance(result, DataTree):
         return result
-    # nutpie keeps what it was not asked for
-    result["posterior"] = DataTree(result["posterior"].to_dataset()[kwargs["var_names"]])
-    own = approx.sample(1, random_seed=0)
+    result["posterior"] = DataTree(result["posterior"].to_dataset()[names])
+    data = approx.sample(1, random_seed=0)
     for group in ("observed_data", "constant_data"):
-        if group in own.children:
-            result[group] = own[group]
+        if group in data.children:
+            result[group] = data[group]
     rhat, ess = _convergence(result)
     steps = result["sample_stats"].get("n_steps")
     said = {
@@ -329,6 +329,8 @@ def _taken(drawn, rows, stats: Mapping[str, np.ndarray], said: Mapping[str, Any]
 
 def _convergence(result) -> tuple[float, float]:
     """The largest R-hat and the least effective sample size over scalars."""
+    from arviz_stats.base import array_stats  # slow to import
+
     rhats, sizes = [1.0], [np.inf]
     for values in result["posterior"].data_vars.values():
         array = np.asarray(values.transpose("chain", "draw", ...), dtype=float)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial import KDTree
-from scipy.spatial.distance import cdist
 
 N_DIRECTIONS, N_PERMUTATIONS = 50, 200
 # rows of each set, for two of the three take quadratic time
@@ -65,6 +63,8 @@ def mmd(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Distan
     Gretton et al. 2012, eq. 3; the null level is by permutation. Parameters as in
     :func:`sliced_wasserstein`.
     """
+    from scipy.spatial.distance import cdist  # slow to import
+
     left, right = _thinned(left), _thinned(right)
     both = np.concatenate([left, right])
     squared = cdist(both, both, "sqeuclidean")
@@ -89,6 +89,8 @@ def classifier(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) ->
     draw left out in its turn (Lopez-Paz & Oquab 2017, section 3.1); the null level is by
     permutation. Parameters as in :func:`sliced_wasserstein`.
     """
+    from scipy.spatial import KDTree  # slow to import
+
     size = min(len(left), len(right), MOST_ROWS)
     both = np.concatenate([_thinned(left, size), _thinned(right, size)])
     labels = np.arange(2 * size) < size

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from arviz_stats.base import array_stats
 
 # below: a quarter of the draws' worth is lost to the weights
 EVEN = 0.75
@@ -68,6 +67,8 @@ def khat(log_weights: np.ndarray) -> float:
 
 def smooth(log_weights: np.ndarray) -> Smoothed:
     """Smooth importance weights (draws,), given their logs; -inf and NaN are weights of zero."""
+    from arviz_stats.base import array_stats  # slow to import
+
     n_draws = log_weights.size
     valid = np.isfinite(log_weights)
     if valid.sum() < 2:

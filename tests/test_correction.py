@@ -137,10 +137,14 @@ def test_names_of_the_model_are_not_taken(python):
 
 
 @pytest.mark.slow
-def test_nuts_in_base_space_has_the_models_own_posterior(schools_fit, schools_draws):
+@pytest.mark.parametrize("sampler", ["pymc", "nutpie"])
+def test_nuts_in_base_space_has_the_models_own_posterior(sampler, schools_fit, schools_draws):
+    if sampler == "nutpie":
+        pytest.importorskip("nutpie")
     result = sample_neutra(
-        schools_fit, 1000, chains=2, cores=1, random_seed=1, progressbar=False, quiet=True
-    )
+        schools_fit, 1000, chains=2, cores=1, random_seed=1, progressbar=False, quiet=True,
+        nuts_sampler=sampler,
+    )  # fmt: skip
     assert set(result.posterior.data_vars) == set(schools_draws.posterior.data_vars)
     assert result.posterior["theta"].dims == ("chain", "draw", "school")
     assert_array_equal(result["observed_data"]["y"], schools_draws["observed_data"]["y"])
