@@ -18,6 +18,7 @@ from pymc.variational.opvi import NotImplementedInference
 from pytensor.graph.basic import Variable
 
 from pymc_flows.approximation import FlowApproximation, FlowGroup, log_density_of_group
+from pymc_flows.compilation import prefers_jax
 from pymc_flows.families import affine_map
 from pymc_flows.importance import Weighing
 from pymc_flows.initialization import (
@@ -51,7 +52,7 @@ IMPROPER = 1e12
 # steps of a fit whose search ended in several modes
 ANNEALING = 500
 # of several fits, what is told of the one that is kept
-HOW_IT_ENDED = ("stopped", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
+HOW_IT_ENDED = ("stopped", "stages", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class Ladder:
     def climb(self) -> None:
         """Search for a start, stop there if it is good, and train otherwise."""
         settings, approx = self.settings, self.approx
-        if (settings.initialize or settings.n > 0) and self._density_is_fixed():
+        # a model that JAX can't compile is found out by its target
+        tells = prefers_jax(settings.backend, settings.compile_kwargs)
+        if (settings.initialize or (settings.n > 0 and tells)) and self._density_is_fixed():
             self._compile_target()
         good = False
         self._resumed = self._was_fitted()
@@ -142,7 +145,7 @@ class Ladder:
         n, rate = settings.n, settings.rate
         self._train(step, Schedule(rate, n, self._annealing(), settings.patience), n)
         self._mark_as_fitted()
-        if self.target is None:
+        if not self._density_is_fixed():
             return
         try:
             self._finish(n - self.losses.size)
@@ -170,7 +173,7 @@ class Ladder:
         """Train further with the step, optimizer's memory and noise that there are."""
         step = self.step or self._compile_step(self.settings.n_draws)
         self._train(step, Schedule(rate, n, 0, self.settings.patience), n)
-        if self.target is not None:
+        if self._density_is_fixed():
             self._finish(0)
 
     def judge(self) -> Judgement:
@@ -359,6 +362,14 @@ class Ladder:
             settle(approx.params)
         self.interrupted, self.called_off = run.interrupted, run.called_off
         self._choose(step, run)
+        if run.losses.size:
+            stage = {
+                "first_step": self.losses.size,
+                "steps": run.losses.size,
+                "draws": step.n_draws,
+            }
+            stage |= {"annealing": schedule.annealing, "stopped": run.stopped}
+            approx.fit_stats.setdefault("stages", []).append(stage)
         self.losses = np.concatenate([self.losses, run.losses])
         self._record(run)
 
