@@ -2,12 +2,21 @@
 
 from pymc_flows import bijections
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
+from pymc_flows.calibration import Calibration, calibrate
 from pymc_flows.compare import compare, grade
 from pymc_flows.correction import importance_resample, neutra_model, sample_imh, sample_neutra
 from pymc_flows.diagnostics import Diagnosis, diagnose
 from pymc_flows.families import UnknownFlowError, families
 from pymc_flows.inference import NFVI
-from pymc_flows.plots import plot_compare, plot_loss
+from pymc_flows.plots import (
+    plot_compare,
+    plot_forest,
+    plot_loss,
+    plot_pairs,
+    plot_quantiles,
+    plot_warp,
+    plot_weights,
+)
 from pymc_flows.registration import fit, register, unregister
 from pymc_flows.storage import load, save
 
@@ -15,12 +24,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NFVI",
+    "Calibration",
     "Diagnosis",
     "FlowApproximation",
     "FlowGroup",
     "NormalizingFlow",
     "UnknownFlowError",
     "bijections",
+    "calibrate",
     "compare",
     "diagnose",
     "families",
@@ -30,7 +41,12 @@ __all__ = [
     "load",
     "neutra_model",
     "plot_compare",
+    "plot_forest",
     "plot_loss",
+    "plot_pairs",
+    "plot_quantiles",
+    "plot_warp",
+    "plot_weights",
     "register",
     "sample_imh",
     "sample_neutra",

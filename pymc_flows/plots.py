@@ -1,4 +1,4 @@
-"""Pictures of fits: marginal densities side by side, and the loss."""
+"""Pictures of fits, by arviz_plots: posteriors side by side, the loss, the weights, the warp."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from pymc.pytensorf import floatX
 
 from pymc_flows.compare import Scalars, check_known
+from pymc_flows.diagnostics import Diagnosis, diagnose
+from pymc_flows.importance import smooth
 
 if TYPE_CHECKING:
     from arviz_plots import PlotCollection
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BACKENDS = ("matplotlib", "bokeh", "plotly", "none")
@@ -97,7 +99,269 @@ def plot_compare(
     return _overlay(_windowed(scalars, shown), reference, backend, kwargs)
 
 
-def plot_loss(approx: Any, *, window: int | None = None, ax: Axes | None = None) -> Axes:
+def plot_forest(
+    results: Mapping[str, Any],
+    *,
+    var_names: str | Sequence[str] | None = None,
+    draws: int = 2000,
+    random_seed: int | None = None,
+    max_rows: int = 40,
+    backend: str = "matplotlib",
+    **kwargs: Any,
+) -> PlotCollection:
+    """Draw the intervals of several posteriors, a row a scalar parameter.
+
+    Parameters
+    ----------
+    results, var_names, draws, random_seed, backend
+        As in :func:`plot_compare`.
+    max_rows : int, default 40
+        Draw the first so many parameters.
+    **kwargs
+        Passed to ``arviz_plots.plot_forest``.
+
+    Returns
+    -------
+    arviz_plots.PlotCollection
+        Thick lines are the central halves, thin lines the central 94%, points the means.
+    """
+    _check_panels("max_rows", max_rows, backend)
+    import arviz_plots
+
+    scalars = Scalars.of(results, None, var_names, draws, random_seed)
+    shown = _shown(scalars, None, max_rows)
+    kwargs.setdefault("figure_kwargs", _figure_size(7.0, 1.2 + 0.3 * len(shown) * 1.4, backend))
+    kwargs.setdefault("combined", True)
+    trees = _trees(scalars, shown)
+    collection = arviz_plots.plot_forest(trees, **{"backend": backend, **kwargs})
+    if len(trees) > 1:
+        collection.add_legend("model", title="method")
+    return collection
+
+
+def plot_pairs(
+    results: Mapping[str, Any],
+    *,
+    reference: str | None = None,
+    var_names: str | Sequence[str] | None = None,
+    draws: int = 1000,
+    random_seed: int | None = None,
+    max_parameters: int = 4,
+    backend: str = "matplotlib",
+) -> PlotCollection:
+    """Scatter pairs of scalar parameters, the draws of several posteriors over one another.
+
+    Parameters
+    ----------
+    results, reference, var_names, draws, random_seed, backend
+        As in :func:`plot_compare`; at most ``draws`` points of each result are drawn.
+    max_parameters : int, default 4
+        Take the first so many parameters, and draw all their pairs, a panel each.
+
+    Returns
+    -------
+    arviz_plots.PlotCollection
+    """
+    _check_panels("max_parameters", max_parameters, backend)
+    scalars = Scalars.of(results, reference, var_names, draws, random_seed)
+    shown = _shown(scalars, reference if len(results) > 1 else None, max_parameters)
+    if len(shown) < 2:
+        raise ValueError(f"pairs need at least 2 parameters that vary, got {shown}")
+    rows = {label: scalars.labels.index(label) for label in shown}
+    panels = {}
+    for across, up in itertools.combinations(shown, 2):
+        panels[f"{across} | {up}"] = {
+            name: _thinned(values[[rows[across], rows[up]]], draws)
+            for name, values in scalars.draws.items()
+        }
+    collection, data = _panels(panels, reference, backend)
+    from arviz_plots import visuals
+
+    collection.map(visuals.scatter_xy, "points", data=data, alpha=0.35, size=2)
+    _label_axes(collection, {key: tuple(key.split(" | ")) for key in panels})
+    return _legend(collection, panels)
+
+
+def plot_quantiles(
+    results: Mapping[str, Any],
+    *,
+    reference: str,
+    var_names: str | Sequence[str] | None = None,
+    draws: int = 2000,
+    random_seed: int | None = None,
+    max_panels: int = PANELS,
+    backend: str = "matplotlib",
+) -> PlotCollection:
+    """Draw quantiles of posteriors against those of a reference: on the diagonal they agree.
+
+    Parameters
+    ----------
+    results, reference, var_names, draws, random_seed, max_panels, backend
+        As in :func:`plot_compare`; the worst parameters first.
+
+    Returns
+    -------
+    arviz_plots.PlotCollection
+        Levels 0.5% to 99.5%, on the scale of the variable (constrained).
+    """
+    _check_panels("max_panels", max_panels, backend)
+    if len(results) < 2:
+        raise ValueError(f"results must hold at least 2 results to compare, got {len(results)}")
+    scalars = Scalars.of(results, reference, var_names, draws, random_seed)
+    shown = _shown(scalars, reference, max_panels)
+    levels = np.linspace(0.005, 0.995, 100)
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for label in shown:
+        row = scalars.labels.index(label)
+        quantiles = {n: np.quantile(values[row], levels) for n, values in scalars.draws.items()}
+        known = quantiles.pop(reference)
+        panels[label] = {name: np.stack([known, found]) for name, found in quantiles.items()}
+        panels[label][reference] = np.stack([known, known])
+    collection, data = _panels(panels, reference, backend)
+    from arviz_plots import visuals
+
+    collection.map(visuals.line_xy, "quantiles", data=data)
+    _title_panels(collection)
+    return _legend(collection, panels)
+
+
+def plot_weights(
+    approx: Any, *, draws: int = 4000, random_seed: int | None = None, backend: str = "matplotlib"
+) -> PlotCollection:
+    r"""Draw importance weights, largest first, and the Pareto tail that k-hat is the index of.
+
+    Parameters
+    ----------
+    approx : Approximation, DataTree or Diagnosis
+        As in :func:`pymc_flows.diagnose`, or what that returned.
+    draws, random_seed
+        As in :func:`pymc_flows.diagnose`.
+    backend : str
+        As in :func:`plot_compare`.
+
+    Returns
+    -------
+    arviz_plots.PlotCollection
+        Decimal logarithms of the weight, in units of the mean, against the share of draws that weigh
+        as much or more. A tail of index :math:`k` falls with slope :math:`-k`; all weights of an
+        exact fit lie at 0.
+    """
+    check_known("backend", [backend], BACKENDS)
+    found = (
+        approx
+        if isinstance(approx, Diagnosis)
+        else diagnose(approx, draws=draws, random_seed=random_seed)
+    )
+    stats = found.draws["sample_stats"]
+    log_weights = (stats["log_p"] - stats["log_q"]).to_numpy().ravel()
+    log_weights = log_weights[np.isfinite(log_weights)]
+    weighed = smooth(log_weights)
+    raw = np.sort(log_weights - np.logaddexp.reduce(log_weights))[::-1]
+    smoothed = np.log(np.sort(weighed.weights)[::-1].clip(np.finfo(float).tiny))
+    n = raw.size
+    share = np.log10((np.arange(n) + 0.5) / n)
+    n_tail = min(int(np.ceil(min(0.2 * n, 3 * np.sqrt(n)))), n)
+    panels = {
+        "weights": {
+            "weights": np.stack([share, (raw + np.log(n)) / np.log(10)]),
+            "Pareto tail": np.stack([share, (smoothed + np.log(n)) / np.log(10)])[:, :n_tail],
+        }
+    }
+    collection, data = _panels(panels, None, backend, size=(6.0, 3.8))
+    from arviz_plots import visuals
+
+    points, tail = data.sel(result="weights"), data.sel(result="Pareto tail")
+    collection.map(visuals.scatter_xy, "points", data=points, color="C0", size=6, ignore_aes="all")
+    collection.map(visuals.line_xy, "tail", data=tail, color="C1", width=2, ignore_aes="all")
+    collection.map(
+        visuals.labelled_x, "xlabel", text="log10 share of draws of this weight or more",
+        subset_info=True, ignore_aes="all",
+    )  # fmt: skip
+    collection.map(
+        visuals.labelled_y,
+        "ylabel",
+        text="log10 weight (0: the mean)",
+        subset_info=True,
+        ignore_aes="all",
+    )
+    title = (
+        f"k-hat {found.khat:.2f} (at most {found.khat_threshold:.2f}), "
+        f"{found.ess_fraction:.0%} effective draws"
+    )
+    collection.map(visuals.labelled_title, "title", text=title, subset_info=True, ignore_aes="all")
+    return collection
+
+
+def plot_warp(
+    approx: Any, *, extent: float = 3.0, n_lines: int = 25, backend: str = "matplotlib"
+) -> PlotCollection:
+    """Draw what a flow of two dimensions makes of a square grid of base noise.
+
+    Parameters
+    ----------
+    approx : FlowApproximation
+        Of two elements in all.
+    extent : float, default 3
+        The grid reaches from -extent to extent, in standard deviations of the noise.
+    n_lines : int, default 25
+        Lines each way.
+    backend : str
+        As in :func:`plot_compare`.
+
+    Returns
+    -------
+    arviz_plots.PlotCollection
+        On the unconstrained space.
+
+    Raises
+    ------
+    ValueError
+        If the approximation has other than two dimensions.
+    """
+    check_known("backend", [backend], BACKENDS)
+    if getattr(approx, "ddim", None) != 2:
+        raise ValueError(f"approx must have 2 dimensions, got {getattr(approx, 'ddim', approx)}")
+    if n_lines < 2:
+        raise ValueError(f"n_lines must be at least 2, got {n_lines}")
+    if not extent > 0:
+        raise ValueError(f"extent must be above 0, got {extent}")
+    along, across = np.linspace(-extent, extent, 201), np.linspace(-extent, extent, n_lines)
+    one = np.stack([np.broadcast_to(across[:, None], (n_lines, 201)), np.tile(along, (n_lines, 1))])
+    noise = np.concatenate([one, one[::-1]], axis=1)  # (2, lines, points along a line)
+    flat = noise.reshape(2, -1).T
+    pieces, first = [], 0
+    for group in approx.groups:
+        pieces.append(flat[:, first : first + group.ddim])
+        first += group.ddim
+    x, _ = approx.flow_function(len(flat))(*(floatX(piece) for piece in pieces))
+    lines = np.asarray(x, dtype=float).T.reshape(noise.shape)
+    # one line in all, its pieces parted by gaps
+    parted = np.pad(lines, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan).reshape(2, -1)
+    collection, data = _panels({"warp": {"grid": parted}}, None, backend, size=(5.0, 4.5))
+    from arviz_plots import visuals
+
+    collection.map(
+        visuals.line_xy,
+        "grid",
+        data=data.isel(result=0),
+        color="C0",
+        width=0.7,
+        alpha=0.7,
+        ignore_aes="all",
+    )
+    names = [
+        f"{name}{list(index) if index else ''}"
+        for group in approx.groups
+        for name, _, shape, _ in group.ordering.values()
+        for index in np.ndindex(*shape)
+    ]
+    _label_axes(collection, {"warp": tuple(names)})
+    return collection
+
+
+def plot_loss(
+    approx: Any, *, window: int | None = None, backend: str = "matplotlib"
+) -> PlotCollection:
     """Draw the loss of a fit, step by step, under its running median.
 
     Parameters
@@ -108,14 +372,15 @@ def plot_loss(approx: Any, *, window: int | None = None, ax: Axes | None = None)
     window : int, optional
         Number of steps that the median is taken over; at least 1. Defaults to a fiftieth of
         the steps.
-    ax : matplotlib.axes.Axes, optional
-        Where to draw. Defaults to a new figure.
+    backend : str
+        As in :func:`plot_compare`.
 
     Returns
     -------
-    matplotlib.axes.Axes
-        Where the first steps' losses dwarf the rest, they are above the top of the axis, and a
-        note says at what loss the fit starts.
+    arviz_plots.PlotCollection
+        Vertical lines stand where a stage of the fit (``fit_stats["stages"]``) begins; the title says
+        why the fit ended. Where the first steps' losses dwarf the rest, they are above the top of
+        the axis, and the title says at what loss the fit starts.
 
     Raises
     ------
@@ -123,8 +388,9 @@ def plot_loss(approx: Any, *, window: int | None = None, ax: Axes | None = None)
         If there are no finite losses (``pm.fit`` with ``score=False`` records none), or if
         ``window`` is below 1.
     ImportError
-        If Matplotlib is not installed.
+        If the backend's library is not installed.
     """
+    check_known("backend", [backend], BACKENDS)
     loss = pd.Series(np.array(getattr(approx, "hist", ()), dtype=float).ravel())
     loss = loss.where(np.isfinite(loss))
     if not loss.notna().any():
@@ -135,17 +401,165 @@ def plot_loss(approx: Any, *, window: int | None = None, ax: Axes | None = None)
     window = max(1, len(loss) // 50) if window is None else window
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    pyplot = _require("matplotlib.pyplot")
-    if ax is None:
-        _, ax = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     trend = loss.rolling(window, center=True, min_periods=1).median()
-    steps = np.arange(1, len(loss) + 1)
-    ax.plot(steps, loss, color="C0", alpha=0.35, linewidth=0.8, label="loss")
-    ax.plot(steps, trend, color="C1", linewidth=1.8, label=f"median of {window} steps")
-    ax.set(xlabel="step", ylabel="loss (negative ELBO, nats)")
-    ax.legend(loc="upper right", frameon=False)
-    _zoom(ax, loss, trend)
-    return ax
+    steps = np.arange(1, len(loss) + 1.0)
+    smoothed = f"median of {window} steps"
+    panels = {
+        "loss": {"loss": np.stack([steps, loss]), smoothed: np.stack([steps, trend])},
+    }
+    collection, data = _panels(panels, None, backend, size=(7.0, 3.5))
+    from arviz_plots import visuals
+
+    faint, clear = data.sel(result="loss"), data.sel(result=smoothed)
+    collection.map(
+        visuals.line_xy, "loss", data=faint, color="C0", alpha=0.35, width=0.8, ignore_aes="all"
+    )
+    collection.map(visuals.line_xy, "trend", data=clear, color="C1", width=1.8, ignore_aes="all")
+    record = getattr(approx, "fit_stats", {})
+    for k, stage in enumerate(record.get("stages", [])[1:]):
+        begins = xr.Dataset({"loss": float(stage["first_step"])})
+        collection.map(
+            visuals.vline,
+            f"stage_{k + 2}",
+            data=begins,
+            color="gray",
+            linestyle="C1",
+            ignore_aes="all",
+        )
+    said = [record["stopped"]] if record.get("stopped") else []
+    limits = _zoomed(loss, trend)
+    if limits:
+        first = loss.dropna().iloc[0]
+        collection.map(
+            visuals.set_ylim, "ylim", limits=limits, ignore_aes="all", store_artist=False
+        )
+        if first > limits[1]:
+            said.append(f"starts at {first:.3g}, above the axis")
+    text = {
+        "xlabel": (visuals.labelled_x, "step"),
+        "ylabel": (visuals.labelled_y, "loss (negative ELBO, nats)"),
+        "title": (visuals.labelled_title, "; ".join(said)),
+    }
+    for name, (visual, label) in text.items():
+        collection.map(visual, name, text=label, subset_info=True, ignore_aes="all")
+    return collection
+
+
+def _check_panels(argument: str, count: int, backend: str) -> None:
+    check_known("backend", [backend], BACKENDS)
+    if count < 1:
+        raise ValueError(f"{argument} must be at least 1, got {count}")
+    if backend != "none":
+        _require(backend)
+
+
+def _shown(scalars: Scalars, reference: str | None, count: int) -> list[str]:
+    """Labels of the first parameters that vary, the worst first where there is a reference."""
+    order = _worst_first(scalars) if reference is not None else None
+    shown = _varying(scalars, order)[:count]
+    if not shown:
+        raise ValueError(f"every parameter is constant in every result: {scalars.labels}")
+    return shown
+
+
+def _trees(scalars: Scalars, shown: list[str]) -> dict[str, xr.DataTree]:
+    """Give each scalar a variable of its own."""
+    rows = [scalars.labels.index(label) for label in shown]
+    return {
+        name: xr.DataTree.from_dict(
+            {
+                "posterior": xr.Dataset(
+                    {
+                        label: (("chain", "draw"), values[row][None])
+                        for label, row in zip(shown, rows, strict=True)
+                    }
+                )
+            }
+        )
+        for name, values in scalars.draws.items()
+    }
+
+
+def _thinned(values: np.ndarray, count: int) -> np.ndarray:
+    """Evenly spaced columns, at most so many."""
+    return values[:, np.linspace(0, values.shape[1] - 1, min(count, values.shape[1])).astype(int)]
+
+
+def _panels(
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    reference: str | None,
+    backend: str,
+    size: tuple[float, float] | None = None,
+) -> tuple[PlotCollection, xr.Dataset]:
+    """Lay panels out; give them, and points (2, count) of each method in each, by ``plot_axis``."""
+    from arviz_plots import PlotCollection
+
+    if backend != "none":
+        _require(backend)
+    methods = list(next(iter(panels.values())))
+    most = max(points.shape[1] for one in panels.values() for points in one.values())
+    variables = {}
+    for panel, one in panels.items():
+        filled = np.full((len(methods), 2, most), np.nan)
+        for k, method in enumerate(methods):
+            filled[k, :, : one[method].shape[1]] = one[method]
+        variables[panel] = (("result", "plot_axis", "point"), filled)
+    data = xr.Dataset(variables, coords={"result": methods, "plot_axis": ["x", "y"]})
+    columns = min(4, len(panels))
+    if size is None:
+        size = (
+            PANEL_INCHES[0] * columns + LEGEND_INCHES,
+            PANEL_INCHES[1] * -(-len(panels) // columns) * 1.1,
+        )
+    others = (f"C{i}" for i in itertools.count())
+    colors = ["black" if method == reference else next(others) for method in methods]
+    collection = PlotCollection.wrap(
+        data.isel(plot_axis=0, point=0, drop=True),
+        cols=["__variable__"],
+        col_wrap=columns,
+        backend=backend,
+        figure_kwargs=_figure_size(*size, backend),
+        aes={"color": ["result"]},
+        color=colors,
+    )
+    return collection, data
+
+
+def _figure_size(width: float, height: float, backend: str) -> dict[str, Any]:
+    if backend == "matplotlib":
+        # Only a constrained layout keeps room for titles of two lines and for the legend.
+        return {"figsize": (width, height), "layout": "constrained"}
+    # The other backends count in pixels, and warn that they guess at inches.
+    return {"figsize": (100 * width, 100 * height), "figsize_units": "dots"}
+
+
+def _label_axes(collection: PlotCollection, labels: Mapping[str, tuple[str, ...]]) -> None:
+    from arviz_plots import visuals
+
+    for k, (name, visual) in enumerate(
+        (("xlabel", visuals.labelled_x), ("ylabel", visuals.labelled_y))
+    ):
+        _label(collection, name, visual, {panel: axes[k] for panel, axes in labels.items()})
+
+
+def _title_panels(collection: PlotCollection) -> None:
+    from arviz_plots import visuals
+
+    panels = [str(name) for name in collection.data.data_vars]
+    _label(collection, "title", visuals.labelled_title, dict(zip(panels, panels, strict=True)))
+
+
+def _label(collection: PlotCollection, name: str, visual: Any, labels: dict[str, str]) -> None:
+    from arviz_base.labels import MapLabeller
+
+    labeller = MapLabeller({panel: _title(label) for panel, label in labels.items()})
+    collection.map(visual, name, labeller=labeller, subset_info=True, ignore_aes="all")
+
+
+def _legend(collection: PlotCollection, panels) -> PlotCollection:
+    if len(next(iter(panels.values()))) > 1:
+        collection.add_legend("result", title="method")
+    return collection
 
 
 def _require(module: str) -> Any:
@@ -204,13 +618,7 @@ def _overlay(
     labels = list(next(iter(trees.values()))["posterior"].data_vars)
     columns = min(kwargs.setdefault("col_wrap", 4), len(labels))
     size = (PANEL_INCHES[0] * columns + LEGEND_INCHES, PANEL_INCHES[1] * -(-len(labels) // columns))
-    if backend == "matplotlib":
-        # Only a constrained layout keeps room for titles of two lines and for the legend.
-        figure_kwargs: dict[str, Any] = {"figsize": size, "layout": "constrained"}
-    else:
-        # The other backends count in pixels, and warn that they guess at inches.
-        figure_kwargs = {"figsize": tuple(100 * side for side in size), "figsize_units": "dots"}
-    kwargs["figure_kwargs"] = {**figure_kwargs, **kwargs.get("figure_kwargs", {})}
+    kwargs["figure_kwargs"] = {**_figure_size(*size, backend), **kwargs.get("figure_kwargs", {})}
     hidden = {"credible_interval": False, "point_estimate": False, "point_estimate_text": False}
     kwargs["visuals"] = {**hidden, **kwargs.get("visuals", {})}
     others = (f"C{i}" for i in itertools.count())
@@ -245,14 +653,11 @@ def _make_room(figure: Figure) -> None:
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
 
 
-def _zoom(ax: Axes, loss: pd.Series, trend: pd.Series) -> None:
-    """Fit the axis to the steps after the first tenth where the earlier would flatten them."""
+def _zoomed(loss: pd.Series, trend: pd.Series) -> tuple[float, float] | None:
+    """Limits that show the steps after the first tenth, where the earlier would flatten them."""
     later = pd.concat([loss[len(loss) // 10 :], trend[len(trend) // 10 :]]).dropna()
     low, high = later.quantile([0.001, 0.999]) if len(later) else (0.0, 0.0)
     room = 0.25 * (high - low)
     if not room or loss.max() - loss.min() < 5 * (high - low):
-        return
-    ax.set_ylim(low - room, high + room)
-    first = loss.dropna().iloc[0]
-    if first > high + room:
-        ax.set_title(f"starts at {first:.3g}, above the axis", loc="left", fontsize="medium")
+        return None
+    return float(low - room), float(high + room)

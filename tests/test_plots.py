@@ -6,11 +6,21 @@ import types
 
 import matplotlib as mpl
 import numpy as np
+import pymc as pm
 import pytest
 import xarray as xr
 from numpy.testing import assert_allclose
 
-from pymc_flows.plots import plot_compare, plot_loss
+from pymc_flows import NormalizingFlow, diagnose
+from pymc_flows.plots import (
+    plot_compare,
+    plot_forest,
+    plot_loss,
+    plot_pairs,
+    plot_quantiles,
+    plot_warp,
+    plot_weights,
+)
 
 mpl.use("Agg")
 
@@ -222,24 +232,25 @@ def fit(hist):
     return types.SimpleNamespace(hist=np.asarray(hist, dtype=float))
 
 
+def axes_of(collection):
+    """Give the Matplotlib axes of a collection's panels, in order."""
+    return [axes for axes in collection.viz["figure"].item().axes if axes.get_visible()]
+
+
 def test_the_loss_and_its_running_median_against_steps_from_one():
     loss = 20.0 + normal(draws=1000) + 5 * np.exp(-np.arange(1000) / 100)
     loss[500] = 1e3
-    axes = plot_loss(fit(loss), window=51)
+    (axes,) = axes_of(plot_loss(fit(loss), window=51))
     drawn, trend = axes.lines
     assert_allclose(drawn.get_xdata(), np.arange(1, 1001))
     assert_allclose(drawn.get_ydata(), loss)
     assert_allclose(trend.get_ydata()[500], np.median(loss[475:526]))
     assert axes.get_xlabel() == "step"
     assert "nats" in axes.get_ylabel()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "loss",
-        "median of 51 steps",
-    ]
 
 
 def test_steps_without_a_finite_loss_are_left_blank():
-    axes = plot_loss(fit([4.0, np.nan, 3.0, np.inf, 2.0]), window=3)
+    (axes,) = axes_of(plot_loss(fit([4.0, np.nan, 3.0, np.inf, 2.0]), window=3))
     drawn, trend = axes.lines
     assert_allclose(drawn.get_ydata(), [4.0, np.nan, 3.0, np.nan, 2.0])
     assert_allclose(trend.get_ydata(), [4.0, 3.5, 3.0, 2.5, 2.0])
@@ -247,25 +258,136 @@ def test_steps_without_a_finite_loss_are_left_blank():
 
 def test_a_high_start_does_not_flatten_the_rest():
     loss = 300 + normal(draws=2000) + 1e6 * np.exp(-np.arange(2000) / 4)
-    axes = plot_loss(fit(loss))
+    (axes,) = axes_of(plot_loss(fit(loss)))
     low, high = axes.get_ylim()
     assert 290 < low < 297
     assert 303 < high < 310
-    assert "starts at 1e+06" in axes.get_title(loc="left")
+    assert "starts at 1e+06" in axes.get_title()
 
 
 @pytest.mark.parametrize("start", [0.0, 20.0])
 def test_a_loss_that_starts_near_its_end_is_shown_whole(start):
     loss = 300 + normal(draws=2000) + start * np.exp(-np.arange(2000) / 4)
-    axes = plot_loss(fit(loss))
+    (axes,) = axes_of(plot_loss(fit(loss)))
     low, high = axes.get_ylim()
     assert low < loss.min() < loss.max() < high
-    assert axes.get_title(loc="left") == ""
+    assert axes.get_title() == ""
 
 
-def test_the_loss_goes_where_it_is_asked_to():
-    _, axes = plt.subplots()
-    assert plot_loss(fit([3.0, 2.0]), ax=axes) is axes
+def test_stages_and_the_end_are_marked():
+    approx = fit(normal(draws=300))
+    approx.fit_stats = {
+        "stages": [{"first_step": 0}, {"first_step": 120}, {"first_step": 200}],
+        "stopped": "the importance weights are even",
+    }
+    (axes,) = axes_of(plot_loss(approx))
+    assert [line.get_xdata()[0] for line in axes.lines[2:]] == [120, 200]
+    assert axes.get_title() == "the importance weights are even"
+
+
+def test_quantiles_of_equals_lie_on_the_diagonal():
+    results = {"flow": {"x": normal(draws=4000), "y": normal(3.0, draws=4000, seed=1)}}
+    results["nuts"] = {"x": normal(draws=4000), "y": normal(0.0, draws=4000, seed=1)}
+    worst, best = axes_of(plot_quantiles(results, reference="nuts"))
+    assert worst.get_title() == "y"
+    flow, diagonal = worst.lines
+    assert_allclose(flow.get_ydata() - flow.get_xdata(), 3)
+    assert_allclose(diagonal.get_ydata(), diagonal.get_xdata())
+    flow, _ = best.lines
+    assert_allclose(flow.get_ydata(), flow.get_xdata())
+
+
+def test_pairs_lie_over_each_other():
+    results = {"flow": schools(draws=300), "nuts": schools(draws=200, seed=5)}
+    collection = plot_pairs(results, reference="nuts", max_parameters=3, draws=150)
+    panels = axes_of(collection)
+    assert len(panels) == 3
+    for axes in panels:
+        assert len(axes.collections) == 2
+        for points in axes.collections:
+            assert np.isfinite(points.get_offsets()).all(axis=1).sum() == 150
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+    assert len({(axes.get_xlabel(), axes.get_ylabel()) for axes in panels}) == 3
+
+
+def test_a_forest_has_a_row_for_each_parameter():
+    collection = plot_forest({"flow": schools(), "nuts": schools(seed=5)}, max_rows=3)
+    assert set(collection.data.data_vars) == {"mu", "theta[Choate]", "theta[Deerfield]"}
+
+
+def weighted(slope):
+    """Draws whose weights have a Pareto tail of an index."""
+    log_p = slope * np.random.default_rng(1).exponential(size=(1, 4000))
+    stats = xr.Dataset(
+        {"log_p": (("chain", "draw"), log_p), "log_q": (("chain", "draw"), 0 * log_p)}
+    )
+    posterior = xr.Dataset({"x": (("chain", "draw"), normal(draws=4000)[None])})
+    return xr.DataTree.from_dict({"posterior": posterior, "sample_stats": stats})
+
+
+@pytest.mark.parametrize("tail", [0.3, 0.9])
+def test_the_tail_of_weights_falls_with_its_index(tail):
+    (axes,) = axes_of(plot_weights(weighted(tail)))
+    (line,) = axes.lines
+    x, y = line.get_xdata(), line.get_ydata()
+    known = np.isfinite(y)
+    slope, _ = np.polyfit(x[known], y[known], 1)
+    assert abs(slope + tail) < 0.15
+    assert "k-hat" in axes.get_title()
+    again = diagnose(weighted(tail))
+    assert axes.get_title() == axes_of(plot_weights(again))[0].get_title()
+
+
+def test_the_warped_grid_is_the_flows_image_of_the_grid(python):
+    with pm.Model():
+        pm.Normal("x", shape=2)
+        approx = NormalizingFlow("scale-loc", random_seed=1)
+    approx.params[0].set_value(np.arange(approx.params[0].get_value().size) / 4)
+    (axes,) = axes_of(plot_warp(approx, n_lines=3, extent=2.0))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x[0]", "x[1]")
+    noise = np.stack([np.full(201, -2.0), np.linspace(-2, 2, 201)], axis=1)
+    x, _ = approx.flow_function(201)(noise)
+    (grid,) = axes.lines
+    drawn = np.stack(grid.get_data(), axis=1)
+    assert_allclose(drawn[:201], x)
+    assert np.isnan(drawn).all(axis=1).sum() == 6
+
+
+@pytest.mark.parametrize("backend", ["bokeh", "plotly", "none"])
+def test_every_plot_is_drawn_by_every_backend(backend, python):
+    results = {"flow": schools(draws=100), "nuts": schools(draws=100, seed=5)}
+    with pm.Model():
+        pm.Normal("x", shape=2)
+        approx = NormalizingFlow("scale-loc", random_seed=1)
+    collections = [
+        plot_compare(results, reference="nuts", max_panels=2, backend=backend),
+        plot_forest(results, backend=backend),
+        plot_pairs(results, max_parameters=2, backend=backend),
+        plot_quantiles(results, reference="nuts", max_panels=2, backend=backend),
+        plot_weights(weighted(0.3), backend=backend),
+        plot_warp(approx, n_lines=2, backend=backend),
+        plot_loss(fit([3.0, 2.0, 1.0]), backend=backend),
+    ]
+    assert all(type(collection).__name__ == "PlotCollection" for collection in collections)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot_warp(fit([])), "approx must have 2 dimensions"),
+        (lambda: plot_pairs({"a": {"x": normal()}}), "at least 2 parameters that vary, got"),
+        (lambda: plot_forest({"a": {"x": normal()}}, max_rows=0), "max_rows must be at least 1"),
+        (
+            lambda: plot_quantiles({"a": {"x": normal()}}, reference="a"),
+            "at least 2 results to compare",
+        ),
+        (lambda: plot_weights(weighted(0.3), backend="bokhe"), "did you mean 'bokeh'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(
