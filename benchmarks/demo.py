@@ -68,7 +68,7 @@ def fits(model: pm.Model, seed: int, backend: str | None) -> tuple[dict, dict[st
 def show(table, seconds: dict[str, float], console: Console) -> None:
     """Print one line a method, then the parameters that most people would look at."""
     graded = pmf.grade(table)
-    summary = Table(title=f"{len(table.loc['RealNVP'])} parameters against NUTS")
+    summary = Table(title=f"{len(table.loc['flow'])} parameters against NUTS")
     columns = ("method", "grade", "worst mean error", "sd ratios", "worst W1", "seconds")
     for column in columns:
         summary.add_column(column, justify="left" if column in columns[:2] else "right")
@@ -83,7 +83,7 @@ def show(table, seconds: dict[str, float], console: Console) -> None:
         )
     summary.add_row("NUTS", "the reference", "", "", "", f"{seconds['NUTS']:.0f}")
     console.print(summary)
-    names = [p for p in table.loc["RealNVP"].index if not p.startswith("county_effect[")]
+    names = [p for p in table.loc["flow"].index if not p.startswith("county_effect[")]
     detail = Table(title="Mean error and sd ratio, in standard deviations of NUTS")
     detail.add_column("parameter")
     for method in graded.index:

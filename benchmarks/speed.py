@@ -41,15 +41,16 @@ def eight_schools():
     return model
 
 
-def our_step(backend: str, gradient: str = "stl"):
+def our_step(backend: str, gradient: str = "stl", callbacks=()):
     """A function that takes one training step of ours, without the search for a start."""
     import pymc_flows as pmf
 
     with eight_schools():
         inference = pmf.NFVI("realnvp", n_layers=LAYERS, hidden=HIDDEN, random_seed=1)
     inference.fit(
-        1, obj_n_mc=DRAWS, gradient=gradient, initialize=False, backend=backend, progressbar=False
-    )
+        1, obj_n_mc=DRAWS, gradient=gradient, initialize=False, backend=backend, progressbar=False,
+        callbacks=callbacks,
+    )  # fmt: skip
     return lambda: inference._ladder.step(1e-3)
 
 
@@ -144,8 +145,11 @@ def first_step(backend: str) -> None:
     if backend == "jax":
         import jax  # noqa: F401
     started, cpu = time.perf_counter(), time.process_time()
-    our_step(backend)
-    print(time.perf_counter() - started, time.process_time() - cpu)
+
+    def tell(approx, losses, i):
+        print(time.perf_counter() - started, time.process_time() - cpu)
+
+    our_step(backend, callbacks=[tell])
 
 
 def cold_table(repeats: int) -> list[str]:
