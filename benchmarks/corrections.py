@@ -1,0 +1,185 @@
+"""Corrections of a flow fit beside reference draws: two-sample tests, and effective draws a gradient.
+
+Of the default fit of four posteriors: as it is, resampled, by independence Metropolis-Hastings and by NUTS
+in the flow's base space; and plain NUTS. All samplers are nutpie's. ::
+
+    python benchmarks/corrections.py --seeds 1 2 3 --output benchmarks/results/corrections.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+
+POSTERIORS = (
+    "eight_schools-eight_schools_centered",
+    "kilpisjarvi_mod-kilpisjarvi",
+    "ig-german_credit_sparse_logistic",
+    "sbi-slcp",
+)
+
+
+def flat(name, posterior, variables):
+    """Draws (draws, scalars) as the references compare them, chains end to end."""
+    import models
+    from references import comparable
+
+    entry = models.REGISTRY[name]
+    return np.concatenate(
+        [comparable(entry, v, np.concatenate(list(np.asarray(posterior[v])))) for v in variables],
+        axis=1,
+    )
+
+
+def two_sample(draws, known, seed):
+    """Statistics of draws (draws, scalars) against reference draws, over their null levels."""
+    from pymc_flows import distances
+
+    middle, sd = known.mean(axis=0), known.std(axis=0)
+    left, right = (draws - middle) / sd, (known - middle) / sd
+    rng = np.random.default_rng(seed)
+    found = {}
+    for measure in (distances.sliced_wasserstein, distances.mmd, distances.classifier):
+        distance = measure(left, right, rng)
+        found[measure.__name__] = distance.value, distance.null
+    return found
+
+
+def least_ess(posterior, variables):
+    from arviz_stats.base import array_stats
+
+    sizes = []
+    for variable in variables:
+        array = np.asarray(posterior[variable], dtype=float)
+        array = array.reshape((*array.shape[:2], -1))
+        sizes.append(np.min(array_stats.ess(array, chain_axis=0, draw_axis=1)))
+    return float(min(sizes))
+
+
+def rows_of(name, seed):
+    """Fit, correct, and compare: a row a way."""
+    import models
+    import pymc as pm
+
+    import pymc_flows as pmf
+
+    reference = models.load_reference(name)
+    variables = [v for v in models.REGISTRY[name].variables if v in reference]
+    known = np.concatenate([_comparable(name, v, reference[v]) for v in variables], axis=1)
+    model = models.build(name)
+    quiet = {"progressbar": False, "quiet": True, "cores": 2, "random_seed": seed}
+    with model:
+        approx = pm.fit(method="flow", random_seed=seed, progressbar=False)
+    ways = {
+        "flow": lambda: approx.sample(4000, random_seed=seed),
+        "importance_resample": lambda: pmf.importance_resample(approx, 4000, random_seed=seed),
+        "sample_imh": lambda: pmf.sample_imh(approx, 2000, random_seed=seed),
+        "sample_neutra": lambda: pmf.sample_neutra(
+            approx, 1000, chains=4, discard_tuned_samples=False, **quiet
+        ),
+        "NUTS": lambda: pm.sample(
+            1000, chains=4, nuts_sampler="nutpie", model=model, discard_tuned_samples=False, **quiet
+        ),
+    }
+    for way, sample in ways.items():
+        started = time.process_time()
+        result = sample()
+        row = {"posterior": name, "seed": seed, "way": way, "cpu": time.process_time() - started}
+        row |= two_sample(flat(name, result.posterior, variables), known, seed)
+        if "n_steps" in result.get("sample_stats", {}):
+            groups = ["sample_stats", "warmup_sample_stats"]
+            steps = sum(float(result[g]["n_steps"].sum()) for g in groups if g in result.children)
+            row |= {"gradients": steps, "ess": least_ess(result.posterior, variables)}
+        elif way == "sample_imh":
+            row |= {"gradients": np.nan, "ess": least_ess(result.posterior, variables)}
+        yield row
+
+
+def _comparable(name, variable, values):
+    import models
+    from references import comparable
+
+    return comparable(models.REGISTRY[name], variable, values)
+
+
+def table(rows):
+    """Markdown: a line a posterior, seed and way."""
+    head = (
+        "posterior | seed | way | sliced W1 (null) | MMD² (null) | classifier (null) | least ESS "
+        "| gradients | ESS / 1000 gradients | CPU s"
+    )
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for row in rows:
+        cells = [row["posterior"], row["seed"], row["way"]]
+        for measure, digits in (("sliced_wasserstein", 3), ("mmd", 4), ("classifier", 3)):
+            value, null = row[measure]
+            cells.append(
+                f"{'**' * (value > null)}{value:.{digits}f}{'**' * (value > null)} ({null:.{digits}f})"
+            )
+        ess, gradients = row.get("ess", np.nan), row.get("gradients", np.nan)
+        cells += [
+            "" if np.isnan(ess) else f"{ess:.0f}",
+            "" if np.isnan(gradients) else f"{gradients / 1e3:.0f}k",
+            "" if np.isnan(gradients) else f"{1e3 * ess / gradients:.1f}",
+            f"{row['cpu']:.1f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def main() -> None:
+    import machine
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows: list[dict] = []
+    for name in options.posteriors:
+        for seed in options.seeds:
+            for row in rows_of(name, seed):
+                rows.append(row)
+                print(table([row])[-1], flush=True)
+    frame = pd.DataFrame(rows)
+    passed = [
+        f"- {way}: " + ", ".join(
+            f"{sum(v <= n for v, n in group[m])} of {len(group)} within the null level of {m}"
+            for m in ("sliced_wasserstein", "mmd", "classifier")
+        )
+        for way, group in frame.groupby("way", sort=False)
+    ]  # fmt: skip
+    text = "\n".join(
+        [
+            "# Corrections beside reference draws",
+            "",
+            f"Made by `python benchmarks/corrections.py --seeds {' '.join(map(str, options.seeds))}`.",
+            f"{machine.describe('jax', 'nutpie')}.",
+            "",
+            "Each statistic beside the level that it stays below in 95 of 100 cases if the draws are "
+            "independent and of the reference's distribution; above it, bold. Mirror images of sbi-slcp are folded "
+            "together. Gradients include those of tuning.",
+            "",
+            *table(rows),
+            "",
+            *passed,
+            "",
+        ]
+    )
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
