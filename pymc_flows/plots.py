@@ -289,7 +289,7 @@ def plot_weights(
         f"{found.ess_fraction:.0%} effective draws"
     )
     collection.map(visuals.labelled_title, "title", text=title, subset_info=True, ignore_aes="all")
-    return collection
+    return _legend(collection, panels, title="")
 
 
 def plot_warp(
@@ -442,7 +442,7 @@ def plot_loss(
     }
     for name, (visual, label) in text.items():
         collection.map(visual, name, text=label, subset_info=True, ignore_aes="all")
-    return collection
+    return _legend(collection, panels, title="")
 
 
 def _check_panels(argument: str, count: int, backend: str) -> None:
@@ -463,14 +463,15 @@ def _shown(scalars: Scalars, reference: str | None, count: int) -> list[str]:
 
 
 def _trees(scalars: Scalars, shown: list[str]) -> dict[str, xr.DataTree]:
-    """Give each scalar a variable of its own."""
+    """Give each scalar a variable of its own, of as many draws for every result."""
     rows = [scalars.labels.index(label) for label in shown]
+    fewest = min(values.shape[1] for values in scalars.draws.values())
     return {
         name: xr.DataTree.from_dict(
             {
                 "posterior": xr.Dataset(
                     {
-                        label: (("chain", "draw"), values[row][None])
+                        label: (("chain", "draw"), _thinned(values[[row]], fewest))
                         for label, row in zip(shown, rows, strict=True)
                     }
                 )
@@ -556,9 +557,9 @@ def _label(collection: PlotCollection, name: str, visual: Any, labels: dict[str,
     collection.map(visual, name, labeller=labeller, subset_info=True, ignore_aes="all")
 
 
-def _legend(collection: PlotCollection, panels) -> PlotCollection:
+def _legend(collection: PlotCollection, panels, title: str = "method") -> PlotCollection:
     if len(next(iter(panels.values()))) > 1:
-        collection.add_legend("result", title="method")
+        collection.add_legend("result", title=title)
     return collection
 
 

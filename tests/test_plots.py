@@ -312,7 +312,7 @@ def test_pairs_lie_over_each_other():
 
 
 def test_a_forest_has_a_row_for_each_parameter():
-    collection = plot_forest({"flow": schools(), "nuts": schools(seed=5)}, max_rows=3)
+    collection = plot_forest({"flow": schools(draws=300), "nuts": schools(seed=5)}, max_rows=3)
     assert set(collection.data.data_vars) == {"mu", "theta[Choate]", "theta[Deerfield]"}
 
 
