@@ -152,6 +152,8 @@ class FlowGroup(Group):
         """
         if layers is not None:
             self.layers = layers
+        # in C's order, as a file gives them back: sums over rows are rounded by their order
+        loc, factor = np.ascontiguousarray(loc), np.ascontiguousarray(factor)
         self.loc, self.factor = loc, factor
         last: list[Bijection] = [Whitening(self.ddim, loc, factor)]
         if isinstance(self.layers, Chain) and isinstance(self.layers.layers[-1], Tails):

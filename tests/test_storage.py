@@ -61,6 +61,19 @@ def test_draws_come_back_to_the_last_bit(flow, options, tmp_path, python):
     assert again.fit_stats == approx.fit_stats
 
 
+def test_the_order_of_an_array_in_memory_moves_no_bit(tmp_path, python):
+    """Sums over rows are rounded otherwise where the rows lie apart in memory."""
+    with pm.Model() as wide:
+        pm.Normal("x", shape=20)
+        approx = NormalizingFlow("flow", n_layers=1, random_seed=1)
+    rng = np.random.default_rng(1)
+    factor = np.tril(rng.normal(size=(20, 20)))
+    np.fill_diagonal(factor, 1 + rng.random(20))
+    approx.groups[0].restart(rng.normal(size=20), np.asfortranarray(factor))
+    save(approx, tmp_path / "fit.nc")
+    assert_same_draws(approx, load(tmp_path / "fit.nc", wide))
+
+
 def test_a_flow_that_was_placed_and_grew_comes_back(tmp_path, python):
     approx = perturbed("flow", model(centred=True), n_layers=1)
     (group,) = approx.groups
