@@ -17,8 +17,10 @@ from pymc_flows.bijections import (
     Chain,
     Coupling,
     Householder,
+    InverseAutoregressive,
     Loc,
     LowerTriangular,
+    MaskedAutoregressive,
     Planar,
     Radial,
     RationalQuadratic,
@@ -189,6 +191,84 @@ def nsf(
     return _couplings(dim, spline, n_layers, hidden, affine)
 
 
+def nsf_autoregressive(
+    dim: int,
+    *,
+    n_layers: int = 4,
+    hidden: Iterable[int] = (32, 32),
+    n_bins: int = 8,
+    bound: float = 5.0,
+    affine: str | None = None,
+) -> Chain:
+    """Autoregressive splines (Durkan et al. 2019, arXiv:1906.04032, §3.2), then an affine map.
+
+    Each layer draws in one pass and is inverted element by element, as in :func:`iaf`.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 4
+        Number of layers; the order of the elements alternates.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the masked conditioners.
+    n_bins : int, default 8
+        Pieces of each spline.
+    bound : float, default 5
+        Where the splines end, in units of the base noise; beyond, they are the identity.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    spline = RationalQuadratic(_at_least_one(n_bins=n_bins), bound)
+    layer = InverseAutoregressive(dim, spline, _widths(hidden))
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def iaf(
+    dim: int, *, n_layers: int = 4, hidden: Iterable[int] = (32, 32), affine: str | None = None
+) -> Chain:
+    """Affine maps of each element by those before it (Kingma et al. 2016, arXiv:1606.04934).
+
+    Draws in one pass; the density of other points takes one a dimension.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 4
+        Number of layers; the order of the elements alternates.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the masked conditioners.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    layer = InverseAutoregressive(dim, Affine(), _widths(hidden))
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def maf(
+    dim: int, *, n_layers: int = 4, hidden: Iterable[int] = (32, 32), affine: str | None = None
+) -> Chain:
+    """Affine maps of each element by the outcome before it (Papamakarios et al. 2017, arXiv:1705.07057).
+
+    The density of any point takes one pass; a draw takes one a dimension, and training draws. Where
+    nothing else calls for it, :func:`iaf` trains faster.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 4
+        Number of layers; the order of the elements alternates.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the masked conditioners.
+    affine : {"full", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    layer = MaskedAutoregressive(dim, Affine(), _widths(hidden))
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
 def _couplings(dim, transformer, n_layers, hidden, affine) -> Chain:
     coupling = Coupling(dim, transformer, _widths(hidden))
     return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
@@ -224,6 +304,7 @@ class Family:
     paper: str
     density_of_any_point: str
     best_for: str
+    draws: str = "one pass"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -244,6 +325,20 @@ FAMILIES: dict[str, Family] = {
     "nice": Family(nice, "Dinh et al. 2015", "one pass", "curved, of even spread"),
     "realnvp": Family(realnvp, "Dinh et al. 2017", "one pass", "curved and funnelled"),
     "nsf": Family(nsf, "Durkan et al. 2019", "one pass", "sharp edges, mixtures"),
+    "nsf_autoregressive": Family(
+        nsf_autoregressive,
+        "Durkan et al. 2019",
+        "a pass a dimension",
+        "sharp edges, few dimensions",
+    ),
+    "iaf": Family(iaf, "Kingma et al. 2016", "a pass a dimension", "curved, few dimensions"),
+    "maf": Family(
+        maf,
+        "Papamakarios et al. 2017",
+        "one pass",
+        "densities of many points",
+        "a pass a dimension",
+    ),
 }
 
 FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
@@ -266,7 +361,8 @@ def families():
     -------
     pandas.DataFrame
         Indexed by the name that ``pm.fit(method=...)`` and ``pm.Group(vfam=...)`` take, with
-        columns ``paper``, ``density_of_any_point`` (whether ``log_density`` works, at what cost),
+        columns ``paper``, ``draws`` (what they cost),
+        ``density_of_any_point`` (whether ``log_density`` works, at what cost),
         ``best_for`` and ``options`` (their defaults).
     """
     import pandas as pd
@@ -274,6 +370,7 @@ def families():
     rows = {
         name: {
             "paper": family.paper,
+            "draws": family.draws,
             "density_of_any_point": family.density_of_any_point,
             "best_for": family.best_for,
             "options": ", ".join(f"{k}={v!r}" for k, v in family.options.items()),

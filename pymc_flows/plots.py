@@ -170,10 +170,13 @@ def plot_pairs(
     rows = {label: scalars.labels.index(label) for label in shown}
     panels = {}
     for across, up in itertools.combinations(shown, 2):
-        panels[f"{across} | {up}"] = {
+        points = {
             name: _thinned(values[[rows[across], rows[up]]], draws)
             for name, values in scalars.draws.items()
         }
+        if reference is not None:  # below the others
+            points = {reference: points[reference], **points}
+        panels[f"{across} | {up}"] = points
     collection, data = _panels(panels, reference, backend)
     from arviz_plots import visuals
 

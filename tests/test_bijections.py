@@ -24,8 +24,10 @@ from pymc_flows.bijections import (
     Chain,
     Coupling,
     Householder,
+    InverseAutoregressive,
     Loc,
     LowerTriangular,
+    MaskedAutoregressive,
     Params,
     Permutation,
     Planar,
@@ -59,12 +61,24 @@ def layers(dim):
         Coupling(dim, transformer=Affine(growth=0.5, shrinkage=1.0), hidden=(5, 4)),
         Coupling(dim, transformer=RationalQuadratic(n_bins=4, bound=3.0), hidden=(4,)),
         Coupling(dim, hidden=()),
+        InverseAutoregressive(dim, hidden=(5, 4)),
+        MaskedAutoregressive(dim, hidden=(5, 4)),
         Chain([coupling, Radial(dim), coupling, Scale(dim)]),
         Chain([Planar(dim), Loc(dim), Planar(dim)]),
     ]
 
 
+def slow_layers(dim):
+    """Layers whose loops compile slowly, at fewer dims."""
+    spline = RationalQuadratic(n_bins=3, bound=3.0)
+    return [
+        InverseAutoregressive(dim, transformer=spline, hidden=(3,)),
+        MaskedAutoregressive(dim, transformer=spline, hidden=()),
+    ]
+
+
 CASES = [layer for dim in (1, 2, 3, 7) for layer in layers(dim)]
+CASES += [layer for dim in (1, 3) for layer in slow_layers(dim)]
 INVERTIBLE = [case for case in CASES if case.invertible]
 PLANE = [case for case in INVERTIBLE if case.dim == 2]
 LINE = [case for case in INVERTIBLE if case.dim == 1]
@@ -263,6 +277,8 @@ def start_of(bijection, z):
             return z
         case Coupling():
             return np.roll(z, -(bijection.dim // 2), axis=1)  # the halves trade places
+        case InverseAutoregressive() | MaskedAutoregressive():
+            return z[:, ::-1]
         case Chain():
             return functools.reduce(lambda z, layer: start_of(layer, z), bijection.layers, z)
 
@@ -410,6 +426,61 @@ def test_lower_triangular_is_flowjaxs(scale):
     result = forward(bijection, z, flat)
     assert_allclose(result.value, value, rtol=1e-10, atol=1e-10)
     assert_allclose(result.log_det, log_det, rtol=0, atol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize("hidden", [(4,), (6, 6)], ids=str)
+def test_autoregressive_layers_are_flowjaxs(hidden, scale):
+    """Theirs takes the order as it comes, and keeps hidden units of a degree apart."""
+    flowjax, eqx = pytest.importorskip("flowjax.bijections"), pytest.importorskip("equinox")
+    jax, paramax = pytest.importorskip("jax"), pytest.importorskip("paramax")
+    bijection = InverseAutoregressive(3, transformer=Additive(), hidden=hidden)
+    z, flat = perturbed(bijection, scale)
+    weights = named(bijection, flat)
+    width = hidden[0]
+    # their degrees run 1, 2, 1, 2 ..., ours 1, 1 ..., 2, 2 ...
+    ours = [k // 2 + (k % 2) * (width // 2) for k in range(width)]
+    orders = [range(3), *[ours] * len(hidden), range(3)]
+    with jax.enable_x64(True):
+        peer = flowjax.MaskedAutoregressive(
+            jax.random.key(0), transformer=flowjax.Loc(jax.numpy.zeros(())), dim=3,
+            nn_width=width, nn_depth=len(hidden), nn_activation=jax.numpy.tanh,
+        )  # fmt: skip
+        dense = []
+        for i, layer in enumerate(peer.masked_autoregressive_mlp.layers):
+            rows, columns = list(orders[i]), list(orders[i + 1])
+            mask = np.asarray(paramax.unwrap(layer.weight) != 0)
+            weight = np.where(mask, weights[f"w{i}"][np.ix_(rows, columns)].T, 0)
+            bias = weights[f"b{i}"][columns]
+            dense.append(
+                eqx.tree_at(
+                    lambda one: (one.weight, one.bias),
+                    layer,
+                    (jax.numpy.asarray(weight), jax.numpy.asarray(bias)),
+                )
+            )
+        peer = eqx.tree_at(lambda p: p.masked_autoregressive_mlp.layers, peer, tuple(dense))
+        x, _ = jax.vmap(peer.transform_and_log_det)(z)
+        back, _ = jax.vmap(peer.inverse_and_log_det)(z)
+    assert_allclose(forward(bijection, z, flat).value, x[:, ::-1], rtol=0, atol=1e-8)
+    # drawing by the inverse is the masked autoregressive flow, its shifts negated
+    negated = flat.copy()
+    last = len(hidden)
+    start = flat.size - weights[f"w{last}"].size - weights[f"b{last}"].size
+    negated[start:] *= -1
+    masked = MaskedAutoregressive(3, transformer=Additive(), hidden=hidden)
+    assert_allclose(forward(masked, z, negated).value, back[:, ::-1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (2,), (9, 4)], ids=str)
+def test_masks_let_each_element_see_all_before_it_and_none_after(hidden):
+    bijection = InverseAutoregressive(4, hidden=hidden)
+    jacobian = forward(bijection, *perturbed(bijection, 1.0)).jacobian[:, ::-1]
+    seen = np.abs(jacobian).max(axis=0) > 0
+    assert not seen[np.triu_indices(4, 1)].any()
+    wide = not hidden or min(hidden) >= 3
+    before = np.tril_indices(4, -1)
+    assert seen[before].all() if wide else seen[before].any()
 
 
 def knots(raw, n_bins, bound):

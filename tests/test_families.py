@@ -10,8 +10,10 @@ from pymc_flows.bijections import (
     Chain,
     Coupling,
     Householder,
+    InverseAutoregressive,
     Loc,
     LowerTriangular,
+    MaskedAutoregressive,
     Planar,
     Radial,
     Scale,
@@ -37,6 +39,9 @@ RECIPES = {
     "nice": [Coupling] * 2 + [LowerTriangular],
     "realnvp": [Coupling] * 2 + [LowerTriangular],
     "nsf": [Coupling] * 2 + [LowerTriangular],
+    "nsf_autoregressive": [InverseAutoregressive] * 2 + [LowerTriangular],
+    "iaf": [InverseAutoregressive] * 2 + [LowerTriangular],
+    "maf": [MaskedAutoregressive] * 2 + [LowerTriangular],
     "flow": [Coupling] * 2 + [LowerTriangular, Tails],
 }
 
@@ -63,7 +68,10 @@ def test_default_options_are_those_listed(name):
     assert build_flow(name, 4) != build_flow(name, 4, {"n_layers": options["n_layers"] + 1})
 
 
-@pytest.mark.parametrize(("name", "transformer"), [("nice", Additive()), ("realnvp", Affine())])
+@pytest.mark.parametrize(
+    ("name", "transformer"),
+    [("nice", Additive()), ("realnvp", Affine()), ("iaf", Affine()), ("maf", Affine())],
+)
 def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer):
     coupling = build_flow(name, 4, {"n_layers": 1, "hidden": [5, np.int64(7)]}).layers[0]
     assert coupling.transformer == transformer

@@ -1,5 +1,6 @@
 """The maths of normalizing flows, in PyTensor: layers, and chains of them. Nothing here needs PyMC."""
 
+from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
@@ -14,8 +15,10 @@ __all__ = [
     "Chain",
     "Coupling",
     "Householder",
+    "InverseAutoregressive",
     "Loc",
     "LowerTriangular",
+    "MaskedAutoregressive",
     "Params",
     "Permutation",
     "Planar",

@@ -29,9 +29,10 @@ class Transformer(abc.ABC):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
 
     def slope_and_bend(self, z, raw):
-        """``dx/dz`` and ``d log|dx/dz| / dz`` of each element, (draws, dim)."""
+        """``dx/dz`` and ``d log|dx/dz| / dz`` of each element, (draws, dim), raw held constant."""
         x, log_det = self.forward(z, raw)
-        return pt.grad(x.sum(), z), pt.grad(log_det.sum(), z)
+        slope = pt.grad(x.sum(), z, consider_constant=[raw])
+        return slope, pt.grad(log_det.sum(), z, consider_constant=[raw])
 
 
 @dataclass(frozen=True)

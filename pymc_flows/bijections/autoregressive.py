@@ -1,0 +1,177 @@
+"""Autoregressive layers: each dimension is transformed as those before it say."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytensor
+import pytensor.tensor as pt
+from pytensor.tensor.linalg import solve_triangular
+
+from pymc_flows.bijections.base import Bijection, Params
+from pymc_flows.bijections.coupling import Affine, Transformer, _dense
+
+
+@dataclass(frozen=True)
+class _Masked(Bijection):
+    """A transformer whose parameters a masked network computes (MADE, Germain et al. 2015).
+
+    arXiv:1502.03509, eq. 12-13: units have degrees, and see only units of lower degree. Hidden
+    degrees are spread evenly over 1 to dim - 1, so that masks are right for any width.
+    """
+
+    transformer: Transformer = field(default_factory=Affine)
+    hidden: tuple[int, ...] = (32, 32)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must be widths of at least 1, got {self.hidden}")
+
+    @functools.cached_property
+    def _masks(self) -> list[np.ndarray]:
+        """Which weights each dense layer may use, (n_in, n_out)."""
+        degrees = [np.arange(1, self.dim + 1)]
+        degrees += [1 + np.arange(width) * (self.dim - 1) // width for width in self.hidden]
+        out = np.tile(degrees[0], self.transformer.n_params)
+        masks = [i[:, None] <= j for i, j in itertools.pairwise(degrees)]
+        return [*masks, degrees[-1][:, None] < out]
+
+    def init(self, rng):
+        """Draw hidden weights as Glorot & Bengio 2010 do; the output layer starts at zero."""
+        if self.dim == 1:
+            return {"b": np.zeros(self.transformer.n_params)}
+        weights, last = {}, len(self.hidden)
+        for i, mask in enumerate(self._masks):
+            limit = 0.0 if i == last else (6 / sum(mask.shape)) ** 0.5
+            weights[f"w{i}"] = rng.uniform(-limit, limit, size=mask.shape)
+            weights[f"b{i}"] = np.zeros(mask.shape[1])
+        return weights
+
+    def _masked(self, params):
+        """The weights as the masks let them be seen."""
+        if self.dim == 1:
+            return params
+        masked = {f"w{i}": params[f"w{i}"] * mask for i, mask in enumerate(self._masks)}
+        return {name: masked.get(name, params[name]) for name in params}
+
+    def _layers(self, seen, weights):
+        """Output of every dense layer, the hidden ones through tanh."""
+        outs = [seen]
+        for i in range(len(self.hidden)):
+            outs.append(pt.tanh(_dense(outs[-1], weights, i)))
+        return [*outs, _dense(outs[-1], weights, len(self.hidden))]
+
+    def _conditioner(self, seen, weights):
+        """Raw parameters (draws, n_params, dim) of the transformer."""
+        if self.dim == 1:
+            out = pt.zeros_like(seen) + weights["b"]
+        else:
+            out = self._layers(seen, weights)[-1]
+        return out.reshape((-1, self.transformer.n_params, self.dim))
+
+    def _one_by_one(self, method, given, params):
+        """Map (draws, dim) by parameters that come from the outcome itself, and its log-det.
+
+        The first k elements are right after k passes, whatever was guessed.
+        """
+        transform = getattr(self.transformer, method)
+
+        def one_pass(guess, given, flat):
+            weights = self._masked(Params(flat, self.weight_shapes))
+            return transform(given, self._conditioner(guess, weights))[0]
+
+        guess = pt.zeros_like(given)
+        if self.dim > 1:
+            guess = pytensor.scan(
+                one_pass,
+                outputs_info=[guess],
+                non_sequences=[given, params.flat],
+                n_steps=self.dim - 1,
+                strict=True,
+                return_updates=False,
+            )[-1]
+            guess = pt.specify_shape(guess, given.type.shape)
+        return transform(given, self._conditioner(guess, self._masked(params)))
+
+
+@dataclass(frozen=True)
+class InverseAutoregressive(_Masked):
+    """``x_i = T(z_i; h_i(z_1 ... z_i-1))``: one pass to draw, dim passes to invert.
+
+    Kingma et al. 2016 (arXiv:1606.04934), with any transformer and a masked conditioner. The
+    elements come out in reverse order, so that layers in a row alternate. Starts at that.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    transformer : Transformer
+        What is done to each element.
+    hidden : tuple of int
+        Width of each hidden layer of the conditioner; empty for a linear one.
+    """
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        x, log_det = self.transformer.forward(z, self._conditioner(z, self._masked(params)))
+        return x[:, ::-1], log_det
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,), element by element."""
+        return self._one_by_one("inverse", x[:, ::-1], params)
+
+    def carry_score(self, z, score, params):
+        """Map z to x; the score by back substitution, for the Jacobian is triangular."""
+        weights = self._masked(params)
+        raw = self._conditioner(z, weights)
+        x, log_det = self.transformer.forward(z, raw)
+        slope, bend = self.transformer.slope_and_bend(z, raw)
+        if self.dim == 1:
+            return x, log_det, (score - bend) / slope
+        across = self._jacobian(z, weights)
+        score = score - bend - (across * pt.grad(log_det.sum(), raw)[:, None]).sum(axis=(2, 3))
+        # [draw, i, j] is the slope of x_j along z_i: nothing where j comes before i
+        jacobian = (across * pt.grad(x.sum(), raw)[:, None]).sum(axis=2)
+        jacobian = jacobian + pt.eye(self.dim, dtype=z.dtype) * slope[:, None]
+        carried = solve_triangular(jacobian, score, lower=False, b_ndim=1)
+        return x[:, ::-1], log_det, carried[:, ::-1]
+
+    def _jacobian(self, z, weights):
+        """Slopes (draws, dim, n_params, dim) of the raw parameters, along each element of z."""
+        *hidden, _ = self._layers(z, weights)
+        along = pt.zeros_like(z)[:, :, None] + weights["w0"]
+        for i, units in enumerate(hidden[1:]):
+            along = (along * (1 - units**2)[:, None]) @ weights[f"w{i + 1}"]
+        return along.reshape((-1, self.dim, self.transformer.n_params, self.dim))
+
+
+@dataclass(frozen=True)
+class MaskedAutoregressive(_Masked):
+    """``x_i = T(z_i; h_i(x_1 ... x_i-1))``: one pass to invert, dim passes to draw.
+
+    Papamakarios et al. 2017 (arXiv:1705.07057), with any transformer. The elements come out in
+    reverse order, so that layers in a row alternate. Starts at that.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    transformer : Transformer
+        What is done to each element.
+    hidden : tuple of int
+        Width of each hidden layer of the conditioner; empty for a linear one.
+    """
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,), element by element."""
+        x, log_det = self._one_by_one("forward", z, params)
+        return x[:, ::-1], log_det
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        x = x[:, ::-1]
+        return self.transformer.inverse(x, self._conditioner(x, self._masked(params)))
