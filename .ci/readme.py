@@ -1,7 +1,9 @@
 """Run the Python code of the README, block after block, in one namespace; warnings are errors."""
 
+import os
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,7 @@ readme = (Path(__file__).parents[1] / "README.md").read_text()
 blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
 if not blocks:
     sys.exit("README.md has no Python code")
+os.chdir(tempfile.mkdtemp())  # the README saves a fit
 namespace: dict = {"__name__": "__main__"}
 for number, block in enumerate(blocks, start=1):
     print(f"README.md, block {number} of {len(blocks)}", flush=True)
