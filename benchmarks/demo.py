@@ -109,6 +109,7 @@ def main() -> None:
     # the progress bars say it already, and ADVI on JAX is seeded although JAX copies its generator
     logging.getLogger("pymc").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The RandomType SharedVariables")
+    warnings.filterwarnings("ignore", message="os.fork")  # JAX is idle when NUTS's processes start
     console = Console(width=110)
     started = time.perf_counter()
     results, seconds = fits(radon_model(), options.seed, options.backend)

@@ -250,7 +250,10 @@ def test_float32_stays_float32(bijection, scale):
     if bijection.invertible:
         back = compiled_bijection(bijection, "inverse", "float32")(single.value, flat)
         assert back.value.dtype == back.log_det.dtype == "float32"
-        assert_allclose(back.log_det, -double.log_det, rtol=2e-3, atol=1e-3)
+        # as in double, where the map squeezes, the condition number says how many digits are lost
+        squeezed = np.linalg.cond(double.jacobian).max()
+        atol = max(1e-3, 1e-8 * squeezed)
+        assert_allclose(back.log_det, -double.log_det, rtol=2e-3, atol=atol)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
