@@ -357,6 +357,11 @@ class FlowGroup(Group):
         return FlowApproximation([self], model=self.model).state
 
 
+def noise_dim(group: Group) -> int:
+    """Columns of base noise that draws of a group are made from: its own ``noise_dim``, or its dim."""
+    return getattr(group, "noise_dim", group.ddim)
+
+
 def normal_log_density(z):
     """Standard normal log density (draws,) of z (draws, dim)."""
     constant = np.asarray(0.5 * np.log(2 * np.pi), dtype=z.dtype)
@@ -401,7 +406,7 @@ class FlowApproximation(Approximation):
         Returns
         -------
         noise : list of TensorVariable
-            (draws, dim of the group), one for each group.
+            (draws, :func:`noise_dim` of the group), one for each group.
         x : TensorVariable
             (draws, dim), unconstrained, in the groups' order.
         log_q : TensorVariable
@@ -418,7 +423,7 @@ class FlowApproximation(Approximation):
         return noise, self._joined(xs, n_draws), sum(log_qs), self._joined(scores, n_draws)
 
     def _symbolic_noise(self, n_draws):
-        return [pt.matrix(shape=(n_draws, group.ddim)) for group in self.groups]
+        return [pt.matrix(shape=(n_draws, noise_dim(group))) for group in self.groups]
 
     def _joined(self, pieces, n_draws):
         x = pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1)
@@ -508,7 +513,7 @@ class FlowApproximation(Approximation):
         parts = []
         for start in range(0, draws, chunk):
             noise = [
-                floatX(stream.standard_normal((chunk, group.ddim)))
+                floatX(stream.standard_normal((chunk, noise_dim(group))))
                 for stream, group in zip(streams, self.groups, strict=True)
             ]
             parts.append([np.asarray(p)[: draws - start] for p in function(*noise)])

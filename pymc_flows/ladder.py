@@ -17,7 +17,12 @@ from pymc.pytensorf import floatX
 from pymc.variational.opvi import NotImplementedInference
 from pytensor.graph.basic import Variable
 
-from pymc_flows.approximation import FlowApproximation, FlowGroup, log_density_of_group
+from pymc_flows.approximation import (
+    FlowApproximation,
+    FlowGroup,
+    log_density_of_group,
+    noise_dim,
+)
 from pymc_flows.compilation import prefers_jax
 from pymc_flows.families import affine_map
 from pymc_flows.importance import Weighing
@@ -195,7 +200,7 @@ class Ladder:
             return step.judge(seed, -(-n_draws // step.n_draws))
         assert self.target is not None
         flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
-        shapes = [(n_draws, group.ddim) for group in self.approx.groups]
+        shapes = [(n_draws, noise_dim(group)) for group in self.approx.groups]
         x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
         log_p, score = self.target(x)
         valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)

@@ -18,7 +18,7 @@ from pymc.pytensorf import floatX
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from pymc_flows.approximation import FlowApproximation
+from pymc_flows.approximation import FlowApproximation, noise_dim
 from pymc_flows.compilation import compile_function
 from pymc_flows.importance import Weighing, weigh
 from pymc_flows.log_density import batch, log_density, value_slices
@@ -552,7 +552,7 @@ def explain_failure(approx: FlowApproximation, message: str, n_draws: int = 32) 
     found = compile_function(
         noise,
         [*batch(graphs, model, values), *(values[n] for n in names), *(scores[n] for n in names)],
-    )(*(floatX(rng.standard_normal((n_draws, g.ddim))) for g in approx.groups))
+    )(*(floatX(rng.standard_normal((n_draws, noise_dim(g)))) for g in approx.groups))
     labels = [
         *(f"log density of {rv.name!r}" for rv in terms),
         *(f"value of {name!r}" for name in names),
