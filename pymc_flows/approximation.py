@@ -560,7 +560,11 @@ class FlowApproximation(Approximation):
             noise, x, log_q = self.draws_and_log_q(n_draws)
             zeros = [np.zeros(z.type.shape, dtype=z.dtype) for z in noise]
             self._functions[n_draws] = compile_function(
-                noise, [x, log_q], backend=self.backend, trial=lambda compiled: compiled(*zeros)
+                noise,
+                [x, log_q],
+                interpret=True,
+                backend=self.backend,
+                trial=lambda compiled: compiled(*zeros),
             )
         return self._functions[n_draws]
 
@@ -646,7 +650,11 @@ class FlowApproximation(Approximation):
         # constructing the graph may draw on data types wider than the inputs, never narrower
         zeros = [np.zeros(r.type.shape, dtype=r.dtype) for r in rows]
         function = compile_function(
-            rows, [log_q], backend=self.backend, trial=lambda compiled: compiled(*zeros)
+            rows,
+            [log_q],
+            interpret=True,
+            backend=self.backend,
+            trial=lambda compiled: compiled(*zeros),
         )
         self._functions[key] = function
         return function
@@ -663,7 +671,7 @@ class FlowApproximation(Approximation):
 
     def _labelled(self, flats):
         found = {}
-        flats = compile_function([], flats, backend=self.backend)()
+        flats = compile_function([], flats, interpret=True, backend=self.backend)()
         for group, flat in zip(self.groups, flats, strict=True):
             for name, where, shape, dtype in group.ordering.values():
                 found[name] = np.asarray(flat)[where].reshape(shape).astype(dtype)

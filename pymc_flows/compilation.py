@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytensor
 from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
+from pytensor.compile.mode import OPT_FAST_RUN, Mode
+from pytensor.link.vm import VMLinker
 
 
 def prefers_jax(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
@@ -23,12 +26,24 @@ def runs_on_jax(function) -> bool:
     return type(function.maker.linker).__name__ == "JAXLinker"
 
 
+def may_interpret(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether a function may be run in NumPy: on all backends but JAX, unless a mode is asked for."""
+    return not prefers_jax(backend, compile_kwargs) and "mode" not in (compile_kwargs or {})
+
+
+def _interpreter() -> Mode:
+    """NumPy, one operation after another; fused ones would be loops in Python."""
+    linker = VMLinker(use_cloop=False, c_thunks=False, allow_gc=False)
+    return Mode(linker, OPT_FAST_RUN.excluding("fusion", "cxx_only", "BlasOpt"))
+
+
 def compile_function(
     inputs,
     outputs,
     *,
     backend: str | None = None,
     compile_kwargs: dict[str, Any] | None = None,
+    interpret: bool = False,
     trial: Callable[[Callable], Any] | None = None,
     **kwargs,
 ):
@@ -43,6 +58,9 @@ def compile_function(
         compile the graph; PyTensor's default where JAX is not installed.
     compile_kwargs : dict, optional
         Passed on; its ``mode`` cannot be combined with ``backend``.
+    interpret : bool, default False
+        Run in NumPy where :func:`may_interpret` allows: each call takes two to four times as long,
+        but a flow's first takes a second, where numba and C compile for a minute.
     trial : callable, optional
         Calls the compiled function; JAX says what it can't do only then.
     **kwargs
@@ -50,9 +68,14 @@ def compile_function(
     """
     chosen = resolve_backend_compile_kwargs(backend, compile_kwargs)
     choose_jax = prefers_jax(backend, chosen)
+    interpret = interpret and may_interpret(backend, compile_kwargs)
+    if interpret:
+        chosen["mode"] = _interpreter()
+    # without a C compiler, the graphs within a graph, which choose for themselves, do not use one
+    flags = {"cxx": ""} if interpret else {}
 
     def attempt(extra):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pytensor.config.change_flags(**flags):
             # the copies that it speaks of are seeded by compile, just before they are made
             warnings.filterwarnings("ignore", message="The RandomType SharedVariables")
             function = pymc_compile(

@@ -131,7 +131,9 @@ class NFVI(Inference):
         progressbar, progressbar_theme
             As in ``pm.fit``.
         backend : {"jax", "numba", "c"}, optional
-            By default JAX where it is installed, else PyTensor's default.
+            By default JAX where it is installed, else PyTensor's default. Off JAX it compiles the model's
+            density; the flow runs in NumPy, unless there are more than 128 draws a step or its layers
+            times ``n`` exceed 50,000, for then the minute that it takes to compile pays.
         include_transformed : bool, default False
             Whether ``approx.state`` also has the unconstrained variables.
         learning_rate : float, default 0.01

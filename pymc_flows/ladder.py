@@ -23,7 +23,8 @@ from pymc_flows.approximation import (
     log_density_of_group,
     noise_dim,
 )
-from pymc_flows.compilation import prefers_jax
+from pymc_flows.bijections import Bijection, Chain
+from pymc_flows.compilation import may_interpret, prefers_jax
 from pymc_flows.families import affine_map
 from pymc_flows.importance import Weighing
 from pymc_flows.initialization import (
@@ -44,6 +45,9 @@ from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure,
 BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
+# draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about half a
+# millisecond a layer and step, so at most the half minute or more that compiling it would take
+FEW_DRAWS, LITTLE_WORK = 128, 50_000
 # effective share of draws below which more are weighed, for one heavy draw can decide it
 DOUBTFUL = 0.9
 # effective share of draws with which a fit may end before its loss stops falling
@@ -123,9 +127,9 @@ class Ladder:
     def climb(self) -> None:
         """Search for a start, stop there if it is good, and train otherwise."""
         settings, approx = self.settings, self.approx
-        # a model that JAX can't compile is found out by its target
-        tells = prefers_jax(settings.backend, settings.compile_kwargs)
-        if (settings.initialize or (settings.n > 0 and tells)) and self._density_is_fixed():
+        # a model that JAX can't compile is found out by its target; other backends step with it
+        needed = prefers_jax(settings.backend, settings.compile_kwargs) or self._interprets
+        if (settings.initialize or (settings.n > 0 and needed)) and self._density_is_fixed():
             self._compile_target()
         good = False
         self._resumed = self._was_fitted()
@@ -210,9 +214,16 @@ class Ladder:
         if self.settings.annealing is not None:
             return self.settings.annealing
         several = self.start is not None and len(self.start.modes) > 1
-        split = self.target is not None and self.target.fell_back
         # the steps after it must be enough to fit what it found
-        return min(ANNEALING, self.settings.n // 3) if several and not split else 0
+        return min(ANNEALING, self.settings.n // 3) if several else 0
+
+    @property
+    def _interprets(self):
+        """Whether the flow's part of a step runs in NumPy."""
+        settings = self.settings
+        n_layers = sum(depth(group.bijection) for group in self._flows)
+        little = settings.n_draws <= FEW_DRAWS and n_layers * settings.n <= LITTLE_WORK
+        return little and may_interpret(settings.backend, settings.compile_kwargs)
 
     def _density_is_fixed(self):
         settings = self.settings
@@ -227,18 +238,19 @@ class Ladder:
             group.fitted = True
 
     def _compile_target(self):
-        settings = self.settings
+        n_draws = self.settings.n_draws
         if self.target is not None:
             return
-
-        def compiled(n_draws):
-            return Target(self.approx, n_draws, vectorize=settings.vectorize, **settings.compiling)
-
         with self.approx.model, self._timed("compile"):
-            self.target = compiled(max(settings.n_draws, BATCH))
-            if self.target.fell_back and settings.n_draws < BATCH:
+            self.target = self._target(max(n_draws, BATCH))
+            if (self.target.fell_back or self._interprets) and n_draws < BATCH:
                 # each step will call it, with its own draws
-                self.target = compiled(settings.n_draws)
+                self.target = self._target(n_draws)
+
+    def _target(self, n_draws, **kwargs):
+        settings = self.settings
+        kwargs |= settings.compiling
+        return Target(self.approx, n_draws, vectorize=settings.vectorize, **kwargs)
 
     def _compile_step(self, n_draws) -> Step:
         approx, settings, target = self.approx, self.settings, self.target
@@ -246,14 +258,20 @@ class Ladder:
             self._earlier_steps += self.step.evaluations
             self.step = None
         with approx.model, self._timed("compile"):
-            # a model that JAX can't compile must not take the flow with it
-            split = target is not None and target.fell_back
+            # a model that JAX can't compile must not take the flow with it, nor the flow the model
+            # where compiling the flow would cost more than it saves
+            interprets = self._interprets and n_draws <= FEW_DRAWS
+            split = target is not None and (target.fell_back or interprets)
+            annealed = self._annealing() > 0
+            targets = [target] if target is not None and split else []
+            if targets and annealed:
+                targets.append(self._target(n_draws, jacobian=False))
             objective = build_objective(
                 approx,
                 n_draws,
                 gradient=settings.gradient,
                 split=split,
-                annealed=self._annealing() > 0,
+                annealed=annealed,
                 vectorize=settings.vectorize,
                 more_params=settings.more_params,
                 more_replacements=settings.more_replacements,
@@ -261,7 +279,7 @@ class Ladder:
             self.step = Step(
                 approx,
                 objective,
-                target if split else None,
+                targets,
                 seed=int(approx.rng.randint(2**30)),
                 optimizer=settings.optimizer,
                 max_norm=settings.max_norm,
@@ -500,6 +518,11 @@ class Ladder:
             yield
         finally:
             self.approx.fit_stats["seconds"][stage] += time.perf_counter() - started
+
+
+def depth(bijection: Bijection) -> int:
+    """Count a bijection's layers, those of chains in it one by one."""
+    return sum(map(depth, bijection.layers)) if isinstance(bijection, Chain) else 1
 
 
 def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) -> Ladder:

@@ -35,6 +35,8 @@ class Target:
         As in :func:`build_objective`.
     backend, compile_kwargs
         As in :func:`pymc_flows.compilation.compile_function`.
+    jacobian : bool, default True
+        Include the Jacobians of the model's transforms.
 
     Attributes
     ----------
@@ -52,13 +54,14 @@ class Target:
         vectorize: bool | None = None,
         backend: str | None = None,
         compile_kwargs: dict[str, Any] | None = None,
+        jacobian: bool = True,
     ) -> None:
         self.dim, self.n_draws, self.evaluations = approx.ddim, n_draws, 0
         x = pt.matrix("x", shape=(n_draws, self.dim))
         zeros = np.zeros(x.type.shape, dtype=x.dtype)
         self.function = compile_function(
             [x],
-            _density_and_score(approx, x, vectorize),
+            _density_and_score(approx, x, vectorize, jacobian=jacobian),
             backend=backend,
             compile_kwargs=compile_kwargs,
             trial=lambda compiled: compiled(zeros),
@@ -98,6 +101,7 @@ class Pulled:
         self.function = compile_function(
             [y, score, self.flat],
             [x, log_det, pulled],
+            interpret=True,
             backend=backend,
             compile_kwargs=compile_kwargs,
             trial=lambda compiled: compiled(zeros, zeros, self.weights),
@@ -166,7 +170,8 @@ class Objective:
         The draws (draws, dim), unconstrained.
     density : list of TensorVariable
         Inputs for log p (draws,) and its score (draws, dim) at ``x``, where the objective was built
-        with ``split``; otherwise none, for the model is then part of the graph.
+        with ``split``, and for both without the transforms' Jacobians, where also ``annealed``; otherwise
+        none, for the model is then part of the graph.
     loss : TensorVariable
         Negative ELBO, the mean over the valid draws of ``log q - temper log p``, in nats; divided by the
         minibatch's scaling where ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
@@ -220,7 +225,7 @@ def build_objective(
         Leave the model out: its log density and score are inputs.
     annealed : bool, default False
         Leave the Jacobians of the model's transforms untempered: a bounded variable's density then
-        becomes flat between its bounds, and not on the whole line. Not with ``split``.
+        becomes flat between its bounds, and not on the whole line.
     vectorize : bool, optional
         Evaluate the log density of all draws as one batch, or loop over them; by default as
         :func:`pymc_flows.log_density.batch` finds faster.
@@ -235,20 +240,24 @@ def build_objective(
     else:
         noise, x, log_q, score_q = approx.draws_and_score(n_draws)
     temper = pt.scalar("temper")
-    density: Any = [pt.vector("log_p", shape=(n_draws,)), pt.matrix("score", shape=x.type.shape)]
-    inputs = density if split else []
-    if not split:
-        x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
-        density = _density_and_score(approx, x_free, vectorize, more_replacements)
-        placed: dict[Any, Any] = {x_free: x}
-        tempered = [temper * part for part in density]
-        if annealed:
-            plain = _density_and_score(approx, x_free, vectorize, more_replacements, False)
-            tempered = [p + (temper - 1) * q for p, q in zip(density, plain, strict=True)]
-        density = graph_replace(tempered, placed, strict=False)
+    x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
+    inputs: list[TensorVariable] = []
+
+    def density(jacobian):
+        if not split:
+            return _density_and_score(approx, x_free, vectorize, more_replacements, jacobian)
+        given = [pt.vector("log_p", shape=(n_draws,)), pt.matrix("score", shape=x.type.shape)]
+        inputs.extend(given)
+        return given
+
+    tempered: Any = density(True)
+    if annealed:
+        plain = density(False)
+        tempered = [p + (temper - 1) * q for p, q in zip(tempered, plain, strict=True)]
     else:
-        density = [temper * part for part in density]
-    log_p, score = density
+        tempered = [temper * part for part in tempered]
+    placed: dict[Any, Any] = {x_free: x}
+    log_p, score = graph_replace(tempered, placed, strict=False)
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
     valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))

@@ -124,8 +124,9 @@ class Step:
         What is fitted.
     objective : Objective
         Its loss.
-    target : Target, optional
-        The model's density, where the objective was built with ``split``.
+    targets : sequence of Target
+        The model's density, where the objective was built with ``split``; where also ``annealed``, that
+        without the transforms' Jacobians after it.
     seed : int
         Of the noise, and of the minibatches.
     optimizer : callable, optional
@@ -142,7 +143,7 @@ class Step:
         self,
         approx: FlowApproximation,
         objective: Objective,
-        target: Target | None = None,
+        targets: Sequence[Target] = (),
         *,
         seed: int,
         optimizer: Callable | None = None,
@@ -157,7 +158,7 @@ class Step:
         self.n_draws = self.shapes[0][0]
         self.params = objective.params
         self.evaluations = 0
-        self.target = target
+        self.targets = targets
         self.draw: Callable | None = None
         self.has_rate = optimizer is None
         self.max_norm = math.inf if max_norm is None else max_norm
@@ -178,7 +179,7 @@ class Step:
             ok &= pt.isfinite(updates[param].sum())
         guarded = {p: pt.switch(ok, new, p).astype(p.dtype) for p, new in updates.items()}
         updates = {**guarded, **(more_updates or {})}
-        if target is not None:
+        if targets:
             self.draw = approx.flow_function(self.n_draws)
             self.density_shapes = [d.type.shape for d in objective.density]
         self.updated = list(updates)
@@ -189,6 +190,7 @@ class Step:
             random_seed=seed,
             backend=backend,
             compile_kwargs=compile_kwargs,
+            interpret=bool(targets),
             on_unused_input="ignore",
             trial=self._try_out(self.updated),
         )
@@ -198,7 +200,7 @@ class Step:
 
         def trial(function):
             before = [s.get_value() for s in shared]
-            density = self.density_shapes if self.target is not None else []
+            density = self.density_shapes if self.targets else []
             density = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in density]
             function(
                 *self._zeros(), *density, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0, 0.0))
@@ -232,9 +234,10 @@ class Step:
 
     def _call(self, noise, temper, rate, clip, learn=1.0):
         density = []
-        if self.target is not None and self.draw is not None:
+        if self.draw is not None:
             x, _ = self.draw(*noise)
-            density = [floatX(part) for part in self.target(np.asarray(x))]
+            x = np.asarray(x)
+            density = [floatX(part) for target in self.targets for part in target(x)]
         else:
             self.evaluations += self.n_draws
         return self.function(

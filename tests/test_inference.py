@@ -13,7 +13,14 @@ from pymc.variational.approximations import MeanField
 from pymc.variational.callbacks import CheckParametersConvergence, Tracker
 from scipy import stats
 
-from pymc_flows import NFVI, FlowApproximation, FlowGroup, NormalizingFlow, UnknownFlowError
+from pymc_flows import (
+    NFVI,
+    FlowApproximation,
+    FlowGroup,
+    NormalizingFlow,
+    UnknownFlowError,
+    ladder,
+)
 from pymc_flows.bijections import Loc
 from pymc_flows.ladder import Ladder
 from pymc_flows.objective import GRADIENTS
@@ -438,6 +445,22 @@ def test_a_conjugate_posterior_is_found_on_every_backend(backend):
     weights = (result.sample_stats["log_p"] - result.sample_stats["log_q"]).values
     assert_allclose(weights.mean(), log_evidence, atol=0.01)
     assert_allclose(approx.hist[-200:].mean(), -log_evidence, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("c", marks=pytest.mark.slow), pytest.param("numba", marks=pytest.mark.slow)])  # fmt: skip
+def test_a_flow_in_numpy_steps_as_a_compiled_one_does(backend, monkeypatch):
+    model, *_ = conjugate()
+    compiler = shutil.which("g++") if backend == "c" else ""
+    losses = {}
+    with pytensor.config.change_flags(cxx=compiler or ""), warnings.catch_warnings():
+        if backend == "numba":
+            warnings.filterwarnings("ignore", module="numba")
+        for work in (0, ladder.LITTLE_WORK):
+            monkeypatch.setattr(ladder, "LITTLE_WORK", work)
+            approx = tiny(model, 5, backend=backend, random_seed=1, obj_n_mc=8, initialize=False)
+            losses[work] = approx.hist
+    compiled, interpreted = losses.values()
+    assert_allclose(interpreted, compiled, rtol=1e-9)
 
 
 def test_groups_unlike_the_models_order_find_their_own_variables(python):

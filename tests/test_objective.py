@@ -259,19 +259,21 @@ def test_dreg_of_one_draw_is_stl_and_its_loss_the_weighted_bound(python):
     assert_allclose(bound, -(np.logaddexp.reduce(-np.array(losses)) - np.log(4)))
 
 
-def test_a_split_objective_is_the_whole_one(python):
+@pytest.mark.parametrize("annealed", [False, True])
+def test_a_split_objective_is_the_whole_one(python, annealed):
     approx = perturb(NormalizingFlow("realnvp", model=build(plain), random_seed=1))
     noise = noise_for(approx)
-    whole = compiled(approx, python, gradient="stl")(noise)
-    objective = build_objective(approx, N_DRAWS, split=True)
+    whole = compiled(approx, python, gradient="stl", annealed=annealed)(noise, 0.3)
+    objective = build_objective(approx, N_DRAWS, split=True, annealed=annealed)
     target = Target(approx, N_DRAWS, compile_kwargs={"mode": python})
+    bare = Target(approx, N_DRAWS, compile_kwargs={"mode": python}, jacobian=False)
     x = pytensor.function(objective.noise, objective.x, mode=python)(*noise)
     function = pytensor.function(
         [*objective.noise, *objective.density, objective.temper],
         [objective.loss, *objective.gradients],
         mode=python,
     )
-    loss, gradient = function(*noise, *target(x), 1.0)
+    loss, gradient = function(*noise, *target(x), *(bare(x) if annealed else ()), 0.3)
     assert_allclose(loss, whole[0])
     assert_allclose(gradient, whole[2])
     assert target.evaluations == N_DRAWS
