@@ -37,7 +37,7 @@ from pymc_flows.initialization import (
     fits,
     gaussian_of,
 )
-from pymc_flows.log_density import has_minibatch
+from pymc_flows.log_density import compiles_slowly, has_large_matrices, has_minibatch
 from pymc_flows.objective import Pulled, Target, build_objective, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 
@@ -188,19 +188,23 @@ class Ladder:
     def judge(self) -> Judgement:
         """Fresh draws of what was reached, weighed; only where the model's density is fixed."""
         with self._timed("training"):
-            judgement = self._judge(self._seed(), WEIGHED_DRAWS)
+            judgement = self._judge(self._seed(), self._thrifty(WEIGHED_DRAWS))
             if judgement.weighing.ess < DOUBTFUL:
-                judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
+                judgement = self._judge(self._seed(), self._thrifty(4 * WEIGHED_DRAWS))
         self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
+
+    def _thrifty(self, n_draws):
+        """A quarter of the draws where each is dear."""
+        return n_draws // 4 if has_large_matrices(self.approx.model) else n_draws
 
     def _seed(self):
         return int(self.approx.rng.randint(2**30))
 
     def _judge(self, seed, n_draws):
         step = self.step
-        if step is not None and (step.n_draws >= BATCH or self.target is None):
+        if step is not None and (step.n_draws >= BATCH or step.targets or self.target is None):
             return step.judge(seed, -(-n_draws // step.n_draws))
         assert self.target is not None
         flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
@@ -216,6 +220,13 @@ class Ladder:
         several = self.start is not None and len(self.start.modes) > 1
         # the steps after it must be enough to fit what it found
         return min(ANNEALING, self.settings.n // 3) if several else 0
+
+    def _splits(self, target, n_draws):
+        """Whether a step calls the model's density, and does not have it compiled in once more."""
+        # a model that JAX can't compile must not take the flow with it; nor a flow that NumPy runs the
+        # model; and what takes long to compile is compiled once, for all
+        interprets = self._interprets and n_draws <= FEW_DRAWS
+        return target.fell_back or interprets or compiles_slowly(self.approx.model)
 
     @property
     def _interprets(self):
@@ -242,9 +253,9 @@ class Ladder:
         if self.target is not None:
             return
         with self.approx.model, self._timed("compile"):
-            self.target = self._target(max(n_draws, BATCH))
-            if (self.target.fell_back or self._interprets) and n_draws < BATCH:
-                # each step will call it, with its own draws
+            steps_call_it = self._interprets or compiles_slowly(self.approx.model)
+            self.target = self._target(n_draws if steps_call_it else max(n_draws, BATCH))
+            if self.target.fell_back and n_draws < self.target.n_draws:
                 self.target = self._target(n_draws)
 
     def _target(self, n_draws, **kwargs):
@@ -258,10 +269,7 @@ class Ladder:
             self._earlier_steps += self.step.evaluations
             self.step = None
         with approx.model, self._timed("compile"):
-            # a model that JAX can't compile must not take the flow with it, nor the flow the model
-            # where compiling the flow would cost more than it saves
-            interprets = self._interprets and n_draws <= FEW_DRAWS
-            split = target is not None and (target.fell_back or interprets)
+            split = target is not None and self._splits(target, n_draws)
             annealed = self._annealing() > 0
             targets = [target] if target is not None and split else []
             if targets and annealed:
@@ -422,7 +430,7 @@ class Ladder:
         try:
             for name, state in run.states.items():
                 _set_values(params, state)
-                found[name] = self._judge(seed, CHOICE_DRAWS).elbo
+                found[name] = self._judge(seed, self._thrifty(CHOICE_DRAWS)).elbo
         except KeyboardInterrupt:
             self.interrupted = True
         best = max(found or ["last"], key=lambda name: found.get(name, -np.inf))

@@ -30,6 +30,7 @@ from pytensor.tensor.variable import TensorVariable
 
 # elements of a draw's matrix, of which 64 together no longer fit into a cache
 LARGE_MATRIX = 2**13
+LINALG = "pytensor.tensor.linalg."
 
 
 def value_slices(approx: Approximation, x: TensorVariable) -> dict[str, TensorVariable]:
@@ -132,7 +133,6 @@ def _matrices(graphs, values):
 
 
 def _has_large_matrices(graphs, values):
-    """Whether one draw's matrices fill a processor's cache, so that a batch of them would leave it."""
     return any(
         None not in shape and np.prod(shape) >= LARGE_MATRIX for shape in _matrices(graphs, values)
     )
@@ -146,6 +146,20 @@ def largest_side(model: Model) -> float:
         for n in shape
     ]
     return max(sides, default=0)
+
+
+def compiles_slowly(model: Model) -> bool:
+    """Whether a model has loops or matrix algebra, so that its density takes seconds to compile."""
+    if has_large_matrices(model):
+        return True  # it is looped over
+    nodes = {variable.owner for variable in ancestors([model.logp()]) if variable.owner}
+    ops = [n.op.core_op if isinstance(n.op, Blockwise) else n.op for n in nodes]
+    return any(isinstance(op, Scan) or type(op).__module__.startswith(LINALG) for op in ops)
+
+
+def has_large_matrices(model: Model) -> bool:
+    """Whether one draw's matrices fill a processor's cache, so that draws are evaluated one by one."""
+    return _has_large_matrices([model.logp()], set(model.value_vars))
 
 
 def _refuse_branches(graphs):

@@ -1,0 +1,199 @@
+"""What each part of the default fit is worth: accuracy and gradient evaluations with one part taken out.
+
+Posteriors are those of ``references.py`` on which the default does not end with its first Gaussian. ::
+
+    python benchmarks/ablation.py --seeds 1 2 3 --output benchmarks/results/ablation.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+
+POSTERIORS = (
+    "eight_schools-eight_schools_noncentered",
+    "eight_schools-eight_schools_centered",
+    "gp_pois_regr-gp_pois_regr",
+    "hmm_example-hmm_example",
+    "hudson_lynx_hare-lotka_volterra",
+    "mesquite-mesquite",
+    "ig-german_credit_sparse_logistic",
+    "ig-radon_minnesota",
+    "sbi-slcp",
+    "sbi-gaussian_linear_uniform",
+    "kilpisjarvi_mod-kilpisjarvi",
+    "diamonds-diamonds",
+)
+
+
+def trained_affine():
+    """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
+    from pymc_flows.approximation import FlowGroup
+    from pymc_flows.bijections import LowerTriangular
+
+    restart = FlowGroup.restart
+
+    def raw(group, loc, factor, layers=None):
+        restart(group, 0 * loc, np.ones_like(loc), layers)
+        (place,) = [i for i, one in enumerate(group.layers.layers) if type(one) is LowerTriangular]
+        whole = factor if factor.ndim == 2 else np.diag(factor)
+        diagonal = np.diagonal(whole)
+        known = {"loc": loc, "log_diagonal": np.log(diagonal), "lower": whole}
+        weights, first = group.shared_params["weights"].get_value(), 0
+        for name, shape in group.bijection.weight_shapes.items():
+            size = int(np.prod(shape))
+            layer, _, own = name.partition(".")
+            if layer == str(place):
+                weights[first : first + size] = np.ravel(known[own])
+            first += size
+        group.shared_params["weights"].set_value(weights)
+
+    return mock.patch.object(FlowGroup, "restart", raw)
+
+
+def never(*args, **kwargs):
+    """Say no, whatever is asked."""
+    return False
+
+
+def without():
+    """Name of what is taken out, to a context that does so and further arguments of ``pm.fit``."""
+    from pymc_flows import ladder, training
+
+    nothing = contextlib.nullcontext
+
+    def patch(owner, name, value):
+        return lambda: mock.patch.object(owner, name, value)
+
+    return {
+        "nothing": (nothing, {}),
+        "the start": (nothing, {"initialize": False}),
+        "the whitening": (trained_affine, {}),
+        "sticking the landing": (nothing, {"gradient": "reparameterization"}),
+        "the end at a Gaussian": (patch(ladder, "fits", never), {}),
+        "growth": (patch(ladder, "MORE_LAYERS", 0), {"obj_n_mc": 64}),
+        "averaging": (patch(training.Schedule, "settling", never), {}),
+        "non-centring": (nothing, {"inf_kwargs": {"noncentering": False}}),
+        "tails": (nothing, {"inf_kwargs": {"tails": False}}),
+    }
+
+
+def fit(name, part, seed):
+    """One row."""
+    import models
+    import pymc as pm
+    from references import graded
+
+    context, options = without()[part]
+    model = models.build(name)
+    started = time.process_time()
+    with model, warnings.catch_warnings(), context():
+        warnings.simplefilter("ignore")
+        approx = pm.fit(method="flow", random_seed=seed, progressbar=False, **options)
+        cpu = time.process_time() - started
+        result = approx.sample(4000, random_seed=seed)
+    weights = (result.sample_stats.log_p - result.sample_stats.log_q).values
+    found = graded(name, result.posterior)
+    mean_error, low, high, _ = found["errors"]
+    return {
+        "without": part,
+        "posterior": name,
+        "seed": seed,
+        "grade": found["grade"],
+        "mean_error": mean_error,
+        "sd_error": max(np.log(high), -np.log(low)),
+        "elbo": weights.mean(),
+        "gradients": approx.fit_stats["gradient_evaluations"],
+        "cpu": cpu,
+    }
+
+
+def report(rows, seeds):
+    """Markdown: a line a part, and a line a part and posterior."""
+    import machine
+
+    key = ["posterior", "seed"]
+    whole = rows[rows["without"] == "nothing"].set_index(key)
+    head = "without | accurate | usable | off or failed | nats lost, median (worst) | gradients | CPU s"
+    lines = [
+        "# What each part of the default fit is worth",
+        "",
+        f"Made by `python benchmarks/ablation.py --seeds {' '.join(map(str, seeds))}`.",
+        f"{machine.describe('jax')}.",
+        "",
+        '`method="flow"` with one part taken out. Nats lost are of the ELBO, beside the whole fit\'s of the same '
+        "posterior and seed; gradients and CPU seconds are sums beside the whole's.",
+        "",
+        f"| {head} |",
+        "|" + "---|" * 7,
+    ]
+    for part, group in rows.groupby("without", sort=False):
+        grades = group["grade"].value_counts()
+        paired = group.set_index(key)
+        lost = (whole["elbo"] - paired["elbo"]).fillna(np.inf)
+        ratio = {
+            c: paired[c].sum() / whole.loc[paired.index, c].sum() for c in ("gradients", "cpu")
+        }
+        accurate, usable = (int(grades.get(word, 0)) for word in ("accurate", "usable"))
+        lines.append(
+            f"| {part} | {accurate} | {usable} | {len(group) - accurate - usable} "
+            f"| {lost.median():.2f} ({lost.max():.2f}) | {ratio['gradients']:.2f} | {ratio['cpu']:.2f} |"
+        )
+    lines += ["", "| posterior | " + " | ".join(rows["without"].unique()) + " |"]
+    lines += ["|---" * (1 + rows["without"].nunique()) + "|"]
+    for name, group in rows.groupby("posterior", sort=False):
+        cells = [
+            "/".join(one["grade"].str[:1])
+            + f" {one['mean_error'].mean():.2f}, {one['sd_error'].mean():.2f}"
+            for _, one in group.groupby("without", sort=False)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Grades of the seeds (accurate, usable, off, failed), the mean over seeds of the largest error of a "
+        "mean in reference sd, and that of the largest log ratio of sds.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS))
+    parser.add_argument("--without", nargs="+", default=list(without()))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in options.posteriors:
+        for part in options.without:
+            for seed in options.seeds:
+                try:
+                    row = fit(name, part, seed)
+                except (FloatingPointError, ValueError) as error:
+                    row = {"without": part, "posterior": name, "seed": seed, "grade": "failed"}
+                    print(error)
+                rows.append(row)
+                print(
+                    {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()},
+                    flush=True,
+                )
+        text = report(pd.DataFrame(rows), options.seeds)
+        if options.output:
+            options.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
