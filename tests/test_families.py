@@ -5,6 +5,7 @@ import pytest
 
 import pymc_flows as pmf
 from pymc_flows.bijections import (
+    LU,
     Additive,
     Affine,
     Chain,
@@ -13,13 +14,17 @@ from pymc_flows.bijections import (
     InverseAutoregressive,
     Loc,
     LowerTriangular,
+    LowRank,
     MaskedAutoregressive,
+    Permutation,
     Planar,
     Radial,
     Scale,
+    Sylvester,
     Tails,
 )
 from pymc_flows.families import (
+    AFFINE_RANK,
     DEFAULT_FAMILY,
     FAMILIES,
     FULL_AFFINE_MAX_DIM,
@@ -43,6 +48,8 @@ RECIPES = {
     "iaf": [InverseAutoregressive] * 2 + [LowerTriangular],
     "maf": [MaskedAutoregressive] * 2 + [LowerTriangular],
     "flow": [Coupling] * 2 + [LowerTriangular, Tails],
+    "glow": [Scale, Loc, LU, Coupling] * 2 + [LowerTriangular],
+    "sylvester": [Sylvester] * 2 + [LowerTriangular],
 }
 
 
@@ -82,15 +89,46 @@ def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer
 def test_affine_may_be_chosen(name):
     last = [Tails] if name == "flow" else []
     diagonal, full = [Scale, Loc, *last], [LowerTriangular, *last]
+    low_rank = [LowRank, Scale, Loc, *last]
     assert kinds(build_flow(name, 3, {"affine": "diagonal"}))[-len(diagonal) :] == diagonal
     assert kinds(build_flow(name, 3, {"affine": "full"}))[-len(full) :] == full
+    assert kinds(build_flow(name, 3, {"affine": "low_rank"}))[-len(low_rank) :] == low_rank
 
 
 @pytest.mark.parametrize("name", ["planar", "radial", "nice", "realnvp"])
 def test_affine_is_full_up_to_a_dim(name):
     options = {"n_layers": 1}
     assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM, options))[-1] is LowerTriangular
-    assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM + 1, options))[-2:] == [Scale, Loc]
+    beyond = build_flow(name, FULL_AFFINE_MAX_DIM + 1, options)
+    assert kinds(beyond)[-3:] == [LowRank, Scale, Loc]
+    assert beyond.layers[-3].rank == AFFINE_RANK
+
+
+@pytest.mark.parametrize(("dim", "options", "rank"), [(3, {}, 3), (20, {}, 8), (5, {"rank": 2}, 2)])
+def test_sylvester_has_as_many_hyperplanes_as_asked_for(dim, options, rank):
+    (*layers, _) = build_flow("sylvester", dim, {"n_layers": 2, **options}).layers
+    assert layers == [Sylvester(dim, rank)] * 2
+
+
+def test_triangular_sylvester_alternates_the_order():
+    flow = build_flow("sylvester", 9, {"n_layers": 2, "kind": "triangular", "affine": "full"})
+    reverse = Permutation(9, tuple(range(9))[::-1])
+    step = [Sylvester(9, 9, "triangular"), reverse]
+    assert list(flow.layers) == [*step, *step, LowerTriangular(9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 4}, "rank of Sylvester must be from 1 to dim, 3, got 4"),
+        ({"kind": "orthogonl"}, "kind must be one of .* got 'orthogonl'"),
+        ({"kind": "triangular", "rank": 2}, "rank must be dim, 3, where kind is 'triangular'"),
+    ],
+)
+def test_an_impossible_sylvester_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_flow("sylvester", 3, options)
 
 
 @pytest.mark.parametrize(
