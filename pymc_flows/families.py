@@ -35,6 +35,7 @@ from pymc_flows.bijections import (
 DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
 AFFINE_RANK = 10
+SYLVESTER_RANK = 8
 
 
 class UnknownFlowError(KeyError, ValueError):
@@ -327,7 +328,7 @@ def sylvester(
         The last, affine map, as in :func:`planar`.
     """
     if rank is None:
-        rank = dim if kind == "triangular" else min(dim, 8)
+        rank = dim if kind == "triangular" else min(dim, SYLVESTER_RANK)
     layers: list[Bijection] = [Sylvester(dim, _at_least_one(rank=rank), kind)]
     if kind == "triangular":
         layers.append(Permutation(dim, tuple(range(dim))[::-1]))
@@ -419,6 +420,8 @@ FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
     "hh": Householder,
     "planar": Planar,
     "radial": Radial,
+    "lu": LU,
+    "sylvester": lambda dim: Sylvester(dim, min(dim, SYLVESTER_RANK)),
 }
 
 DEFAULT_ALIASES = ("nfvi",)

@@ -168,6 +168,11 @@ def test_a_formula_is_its_layers_from_the_noise_on():
     )
 
 
+def test_linear_maps_and_sylvesters_bends_are_layers_of_a_formula():
+    flow = build_flow("lu-sylvester*2-loc", 20)
+    assert flow == Chain([LU(20), *[Sylvester(20, 8)] * 2, Loc(20)])
+
+
 def test_planar_alone_is_the_family_and_with_a_repeat_a_formula():
     assert kinds(build_flow("planar", 2))[-1] is LowerTriangular
     assert kinds(build_flow("planar*3", 2)) == [Planar] * 3
