@@ -255,8 +255,8 @@ class LowRank(Bijection):
     precision, is a diagonal and a low rank: priors that data narrow in a few directions, or factors
     that many dimensions share. By the determinant lemma the log-det is
     ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``, of matrices of ``rank`` rows whose eigenvalues are at
-    least 1; by Woodbury's identity each factor is undone exactly, in O(dim rank). Weights are V and
-    W, ``stretch`` and ``squeeze`` (dim, rank), times ``dim**0.5``.
+    least 1; by Woodbury's identity each factor is undone exactly, in O(dim rank). Weights are
+    V and W, ``stretch`` and ``squeeze`` (dim, rank).
 
     Parameters
     ----------
@@ -275,13 +275,12 @@ class LowRank(Bijection):
     def init(self, rng):
         """Start at the identity, V and W equal, in random directions."""
         # were both zero, so would be their gradients
-        directions = rng.normal(size=(self.dim, self.rank))
+        directions = rng.normal(size=(self.dim, self.rank)) / self.dim**0.5
         return {"stretch": directions, "squeeze": directions.copy()}
 
     def _columns(self, params):
         """V and W (dim, rank), and the Cholesky factors (rank, rank) of I + VᵀV and I + WᵀW."""
-        # so that a step of each weight turns a column no more in many dimensions than in few
-        columns = [params[name] / self.dim**0.5 for name in ("stretch", "squeeze")]
+        columns = [params["stretch"], params["squeeze"]]
         eye = np.eye(self.rank, dtype=columns[0].dtype)
         return columns, [pt.linalg.cholesky(eye + column.T @ column) for column in columns]
 
