@@ -1,4 +1,4 @@
-"""Maps that bend space along a plane or around a point (Rezende & Mohamed 2015)."""
+"""Maps that bend space along planes or around a point (Rezende & Mohamed 2015, and since)."""
 
 from __future__ import annotations
 
