@@ -6,11 +6,12 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pymc_flows.bijections import (
+    LU,
     Additive,
     Affine,
     Bijection,
@@ -20,16 +21,21 @@ from pymc_flows.bijections import (
     InverseAutoregressive,
     Loc,
     LowerTriangular,
+    LowRank,
     MaskedAutoregressive,
+    Permutation,
     Planar,
     Radial,
     RationalQuadratic,
     Scale,
+    Sylvester,
     Tails,
 )
 
 DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
+AFFINE_RANK = 10
+SYLVESTER_RANK = 8
 
 
 class UnknownFlowError(KeyError, ValueError):
@@ -49,9 +55,10 @@ def planar(dim: int, *, n_layers: int = 16, affine: str | None = None) -> Chain:
         Number of dimensions.
     n_layers : int, default 16
         Number of planar layers.
-    affine : {"full", "diagonal"}, optional
-        The last, affine map: with all covariances, or with scales only. By default full up to
-        200 dimensions, diagonal above.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map: with all covariances; with a diagonal and ``AFFINE_RANK`` directions to
+        stretch along and as many to squeeze along; or with scales only. By default full up to 200
+        dimensions, low-rank above.
     """
     return Chain([Planar(dim)] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
@@ -65,7 +72,7 @@ def radial(dim: int, *, n_layers: int = 16, affine: str | None = None) -> Chain:
         Number of dimensions.
     n_layers : int, default 16
         Number of radial layers.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     return Chain([Radial(dim)] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
@@ -82,7 +89,7 @@ def householder(dim: int, *, n_layers: int = 8, affine: str | None = "diagonal")
         Number of dimensions.
     n_layers : int, default 8
         Number of reflections.
-    affine : {"full", "diagonal"}, default "diagonal"
+    affine : {"full", "low_rank", "diagonal"}, default "diagonal"
         The last, affine map, as in :func:`planar`.
     """
     reflections = [Householder(dim)] * _at_least_one(n_layers=n_layers)
@@ -102,7 +109,7 @@ def nice(
         Number of couplings.
     hidden : iterable of int, default (32, 32)
         Width of each hidden layer of the conditioners.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     return _couplings(dim, Additive(), n_layers, hidden, affine)
@@ -121,7 +128,7 @@ def realnvp(
         Number of couplings.
     hidden : iterable of int, default (32, 32)
         Width of each hidden layer of the conditioners.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     return _couplings(dim, Affine(), n_layers, hidden, affine)
@@ -147,7 +154,7 @@ def flow(
         Number of couplings.
     hidden : iterable of int, default (64,)
         Width of each hidden layer of the conditioners.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The affine map, as in :func:`planar`.
     tails : bool, default True
         End in sinh-arcsinh tails (Jones & Pewsey 2009), one weight a side and dimension.
@@ -157,7 +164,7 @@ def flow(
 
 
 def affine_map(dim: int) -> Chain:
-    """The affine map alone: full up to 200 dimensions, diagonal above."""
+    """The affine map alone: full up to 200 dimensions, low-rank above."""
     return Chain(_affine(dim, None))
 
 
@@ -184,7 +191,7 @@ def nsf(
         Pieces of each spline.
     bound : float, default 5
         Where the splines end, in units of the base noise; beyond, they are the identity.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     spline = RationalQuadratic(_at_least_one(n_bins=n_bins), bound)
@@ -216,7 +223,7 @@ def nsf_autoregressive(
         Pieces of each spline.
     bound : float, default 5
         Where the splines end, in units of the base noise; beyond, they are the identity.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     spline = RationalQuadratic(_at_least_one(n_bins=n_bins), bound)
@@ -239,7 +246,7 @@ def iaf(
         Number of layers; the order of the elements alternates.
     hidden : iterable of int, default (32, 32)
         Width of each hidden layer of the masked conditioners.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     layer = InverseAutoregressive(dim, Affine(), _widths(hidden))
@@ -262,11 +269,70 @@ def maf(
         Number of layers; the order of the elements alternates.
     hidden : iterable of int, default (32, 32)
         Width of each hidden layer of the masked conditioners.
-    affine : {"full", "diagonal"}, optional
+    affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """
     layer = MaskedAutoregressive(dim, Affine(), _widths(hidden))
     return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def glow(
+    dim: int, *, n_layers: int = 8, hidden: Iterable[int] = (32, 32), affine: str | None = None
+) -> Chain:
+    """Scales and shifts, linear maps and affine couplings in turn (Kingma & Dhariwal 2018, arXiv:1807.03039).
+
+    A step of theirs is ActNorm, an invertible 1x1 convolution and a coupling. Here ActNorm is a scale
+    and a shift: what comes into the first step are standard normal, and every step starts at the
+    identity but for the exchange of halves, so that the outcomes which theirs is initialised from have
+    mean 0 and variance 1. The convolution is a linear map of all dimensions, by its LU factors
+    (dim² weights a step); the exchange of halves in the couplings is its fixed permutation.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of steps.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the conditioners.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    step = [Scale(dim), Loc(dim), LU(dim), Coupling(dim, Affine(), _widths(hidden))]
+    return Chain(step * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def sylvester(
+    dim: int,
+    *,
+    n_layers: int = 8,
+    rank: int | None = None,
+    kind: Literal["orthogonal", "householder", "triangular"] = "orthogonal",
+    affine: str | None = None,
+) -> Chain:
+    """Bends along several hyperplanes at once (van den Berg et al. 2018, arXiv:1803.05649).
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of layers.
+    rank : int, optional
+        Hyperplanes of a layer, from 1 to ``dim``; by default 8, or ``dim`` where that is less. Where
+        ``kind`` is "triangular" it can only be ``dim``.
+    kind : {"orthogonal", "householder", "triangular"}, default "orthogonal"
+        How a layer's directions are kept orthonormal: by orthogonalising a free matrix; as a product
+        of reflections; or as the dimensions themselves, their order reversed from layer to layer.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    if rank is None:
+        rank = dim if kind == "triangular" else min(dim, SYLVESTER_RANK)
+    layers: list[Bijection] = [Sylvester(dim, _at_least_one(rank=rank), kind)]
+    if kind == "triangular":
+        layers.append(Permutation(dim, tuple(range(dim))[::-1]))
+    return Chain(layers * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 
 def _couplings(dim, transformer, n_layers, hidden, affine) -> Chain:
@@ -288,12 +354,15 @@ def _widths(hidden) -> tuple[int, ...]:
 
 
 def _affine(dim: int, kind: str | None) -> list[Bijection]:
-    kinds = ("full", "diagonal")
+    kinds = ("full", "low_rank", "diagonal")
     if kind is None:
-        kind = "full" if dim <= FULL_AFFINE_MAX_DIM else "diagonal"
+        kind = "full" if dim <= FULL_AFFINE_MAX_DIM else "low_rank"
     if kind not in kinds:
         raise ValueError(f"affine must be one of {kinds} or None, got {kind!r}")
-    return [LowerTriangular(dim)] if kind == "full" else [Scale(dim), Loc(dim)]
+    if kind == "full":
+        return [LowerTriangular(dim)]
+    low_rank = [LowRank(dim, min(dim, AFFINE_RANK))] if kind == "low_rank" else []
+    return [*low_rank, Scale(dim), Loc(dim)]
 
 
 @dataclass(frozen=True)
@@ -339,6 +408,10 @@ FAMILIES: dict[str, Family] = {
         "densities of many points",
         "a pass a dimension",
     ),
+    "glow": Family(glow, "Kingma & Dhariwal 2018", "one pass", "curved in mixed directions"),
+    "sylvester": Family(
+        sylvester, "van den Berg et al. 2018", "no inverse", "bends in many directions"
+    ),
 }
 
 FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
@@ -347,6 +420,8 @@ FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
     "hh": Householder,
     "planar": Planar,
     "radial": Radial,
+    "lu": LU,
+    "sylvester": lambda dim: Sylvester(dim, min(dim, SYLVESTER_RANK)),
 }
 
 DEFAULT_ALIASES = ("nfvi",)

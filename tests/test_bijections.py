@@ -19,6 +19,7 @@ from pytensor.graph.traversal import ancestors
 from scipy import stats
 
 from pymc_flows.bijections import (
+    LU,
     Additive,
     Affine,
     Chain,
@@ -27,6 +28,7 @@ from pymc_flows.bijections import (
     InverseAutoregressive,
     Loc,
     LowerTriangular,
+    LowRank,
     MaskedAutoregressive,
     Params,
     Permutation,
@@ -34,6 +36,7 @@ from pymc_flows.bijections import (
     Radial,
     RationalQuadratic,
     Scale,
+    Sylvester,
     Tails,
     Whitening,
     flatten,
@@ -63,6 +66,11 @@ def layers(dim):
         Coupling(dim, hidden=()),
         InverseAutoregressive(dim, hidden=(5, 4)),
         MaskedAutoregressive(dim, hidden=(5, 4)),
+        LU(dim, order=tuple(np.roll(range(dim), 1).tolist())),
+        LowRank(dim, rank=min(dim, 2)),
+        Sylvester(dim, rank=min(dim, 2)),
+        Sylvester(dim, rank=(dim + 1) // 2, kind="householder"),
+        Sylvester(dim, rank=dim, kind="triangular"),
         Chain([coupling, Radial(dim), coupling, Scale(dim)]),
         Chain([Planar(dim), Loc(dim), Planar(dim)]),
     ]
@@ -218,7 +226,7 @@ def test_the_score_goes_by_the_inverse_transpose_of_the_jacobian(bijection, scal
 def test_inverse_that_is_missing_says_so(bijection):
     z = pt.matrix(shape=(None, bijection.dim))
     flat = pt.vector(shape=(bijection.n_weights,))
-    with pytest.raises(NotImplementedError, match="Planar has no closed-form inverse"):
+    with pytest.raises(NotImplementedError, match=r"(Planar|Sylvester) has no closed-form inverse"):
         bijection.inverse(z, Params(flat, bijection.weight_shapes))
 
 
@@ -278,6 +286,10 @@ def start_of(bijection, z):
     match bijection:
         case Loc() | Scale() | Tails() | LowerTriangular() | Planar() | Radial():
             return z
+        case LowRank() | Sylvester():
+            return z
+        case LU():
+            return z[:, np.asarray(bijection.order)]
         case Coupling():
             return np.roll(z, -(bijection.dim // 2), axis=1)  # the halves trade places
         case InverseAutoregressive() | MaskedAutoregressive():
@@ -413,6 +425,112 @@ def test_lower_triangular_makes_the_gaussian_that_scipy_knows(dim, scale):
         log_q = stats.norm.logpdf(z).sum(axis=1) - result.log_det
         gaussian = stats.multivariate_normal(loc, factor @ factor.T)
         assert_allclose(log_q, gaussian.logpdf(result.value), rtol=1e-8)
+
+
+@over_scales
+@pytest.mark.parametrize("order", [None, (2, 0, 1)], ids=str)
+def test_lu_is_kingma_and_dhariwals_product(order, scale):
+    """Kingma & Dhariwal 2018, eq. 10-11: W = P L (U + diag(s)), log|det W| = sum(log|s|)."""
+    bijection = LU(3, order=order)
+    z, flat = perturbed(bijection, scale)
+    log_s, factors = named(bijection, flat).values()
+    lower, upper = np.tril(factors, -1) + np.eye(3), np.triu(factors, 1)
+    p = np.eye(3)[list(order or range(3))]
+    w = p @ lower @ (upper + np.diag(np.exp(log_s)))
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z @ w.T, rtol=1e-10, atol=1e-10)
+    assert_allclose(result.log_det, np.log(np.exp(log_s)).sum(), rtol=0, atol=1e-10)
+
+
+@over_scales
+@pytest.mark.parametrize(("dim", "rank"), [(1, 1), (5, 1), (5, 3), (5, 5)])
+def test_low_rank_stretches_what_it_says_and_squeezes_the_rest(dim, rank, scale):
+    bijection = LowRank(dim, rank)
+    z, flat = perturbed(bijection, scale)
+    v, w = named(bijection, flat).values()
+    matrix = (np.eye(dim) + v @ v.T) @ np.linalg.inv(np.eye(dim) + w @ w.T)
+    result = forward(bijection, z, flat)
+    assert_allclose(result.value, z @ matrix.T, rtol=1e-8, atol=1e-8)
+    assert_allclose(result.log_det, np.linalg.slogdet(matrix)[1], rtol=0, atol=1e-8)
+
+
+def test_low_rank_makes_both_a_shared_factor_and_a_narrow_direction():
+    """Stretched by 3 along one direction: covariance I + 8 d d'; squeezed by 3: its inverse."""
+    direction = np.array([0.6, 0.0, 0.8])
+    nothing, along = np.zeros(3), direction * 2**0.5
+    z = np.eye(3)
+    stretched = forward(LowRank(3, 1), z, np.concatenate([along, nothing])).value
+    squeezed = forward(LowRank(3, 1), z, np.concatenate([nothing, along])).value
+    factor = np.eye(3) + 8 * np.outer(direction, direction)
+    assert_allclose(stretched.T @ stretched, factor, rtol=0, atol=1e-12)
+    assert_allclose(squeezed.T @ squeezed, np.linalg.inv(factor), rtol=0, atol=1e-12)
+
+
+def sylvester_columns(kind, dim, rank, weights):
+    """Q (dim, rank), by Gram and Schmidt, or by one reflection after the other, or the identity."""
+    if kind == "triangular":
+        return np.eye(dim)
+    if kind == "householder":
+        q = np.eye(dim)
+        for v in weights["q"].T:
+            q = q @ (np.eye(dim) - 2 * np.outer(v, v) / (v @ v))
+        return q[:, :rank]
+    columns = []
+    for v in weights["q"].T:
+        for _ in range(2):  # once more for the digits that the first pass loses
+            for column in columns:
+                v = v - (v @ column) * column
+        columns.append(v / np.linalg.norm(v))
+    return np.array(columns).T
+
+
+SYLVESTERS = [
+    Sylvester(4, rank, kind) for kind in ("orthogonal", "householder") for rank in (1, 2, 3, 4)
+]
+SYLVESTERS += [Sylvester(1, 1, "triangular"), Sylvester(4, 4, "triangular")]
+
+
+@over_scales
+@over_cases(argvalues=SYLVESTERS)
+def test_sylvester_is_van_den_bergs_and_others(bijection, scale):
+    """van den Berg et al. 2018, eq. 13-14: z + Q R h(R̃ Q'z + b), Σ log|1 + h' r̃ r|."""
+    z, flat = perturbed(bijection, scale)
+    weights = named(bijection, flat)
+    r, r_tilde = (
+        np.triu(weights[name], 1) + np.diag(np.tanh(np.diag(weights[name])))
+        for name in ("outer", "inner")
+    )
+    q = sylvester_columns(bijection.kind, bijection.dim, bijection.rank, weights)
+    x, log_det = np.zeros_like(z), np.zeros(len(z))
+    for i, one in enumerate(z):
+        h = np.tanh(r_tilde @ q.T @ one + weights["b"])
+        x[i] = one + q @ r @ h
+        log_det[i] = np.log(np.abs(1 + (1 - h**2) * np.diag(r_tilde) * np.diag(r))).sum()
+    result = forward(bijection, z, flat)
+    assert_allclose(q.T @ q, np.eye(bijection.rank), rtol=0, atol=1e-12)
+    assert_allclose(result.value, x, rtol=0, atol=1e-9)
+    assert_allclose(result.log_det, log_det, rtol=0, atol=1e-9)
+
+
+@over_scales
+@over_cases(argvalues=SYLVESTERS)
+def test_sylvester_in_float32_at_every_rank(bijection, scale):
+    z, flat = perturbed(bijection, scale)
+    single = compiled_bijection(bijection, "forward", "float32")(z, flat)
+    double = forward(bijection, z, flat)
+    assert single.value.dtype == "float32"
+    assert_allclose(single.value, double.value, rtol=1e-3, atol=1e-3)
+    assert_allclose(single.log_det, double.log_det, rtol=1e-3, atol=1e-3)
+    for gradient in single.gradients:
+        assert np.isfinite(gradient).all()
+
+
+def test_sylvester_keeps_its_log_det_at_the_edge_of_invertibility():
+    """There 1 + r r̃ rounds to zero; on the plane itself the log-det is that of 1 - tanh² 20."""
+    bijection = Sylvester(1, 1, "triangular")
+    result = forward(bijection, np.zeros((1, 1)), np.array([20.0, -20.0, 0.0]))
+    assert_allclose(result.log_det, -2 * np.log(np.cosh(20.0)), rtol=1e-12)
+    assert np.isfinite(np.concatenate([g.ravel() for g in result.gradients])).all()
 
 
 @over_scales
@@ -694,6 +812,11 @@ def test_chain_has_an_inverse_only_if_every_layer_has():
         (lambda: RationalQuadratic(bound=0.0), "bound must be positive and finite, got 0.0"),
         (lambda: Permutation(3, (0, 1, 1)), "permutation of range(3), got (0, 1, 1)"),
         (lambda: Permutation(2, (0, 1, 2)), "permutation of range(2), got (0, 1, 2)"),
+        (lambda: LU(2, (0, 0)), "permutation of range(2), got (0, 0)"),
+        (lambda: LowRank(3, 0), "rank of LowRank must be from 1 to dim, 3, got 0"),
+        (lambda: Sylvester(3, 4), "rank of Sylvester must be from 1 to dim, 3, got 4"),
+        (lambda: Sylvester(3, 2, "triangular"), "rank must be dim, 3, where kind is 'triangular'"),
+        (lambda: Sylvester(3, 2, "householder "), "kind must be one of ('orthogonal', 'house"),
         (lambda: Chain([]), "layers of Chain must be at least one, got none"),
         (lambda: Chain([Loc(2), Loc(3)]), "layers of Chain must have one dim, got [2, 3]"),
     ],

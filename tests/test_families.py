@@ -1,10 +1,16 @@
 """Recipes, their options, the formula grammar, and the messages of both."""
 
 import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
 import pytest
+from conftest import PYTHON
+from numpy.testing import assert_allclose
 
 import pymc_flows as pmf
 from pymc_flows.bijections import (
+    LU,
     Additive,
     Affine,
     Chain,
@@ -13,13 +19,19 @@ from pymc_flows.bijections import (
     InverseAutoregressive,
     Loc,
     LowerTriangular,
+    LowRank,
     MaskedAutoregressive,
+    Params,
+    Permutation,
     Planar,
     Radial,
     Scale,
+    Sylvester,
     Tails,
+    flatten,
 )
 from pymc_flows.families import (
+    AFFINE_RANK,
     DEFAULT_FAMILY,
     FAMILIES,
     FULL_AFFINE_MAX_DIM,
@@ -43,6 +55,8 @@ RECIPES = {
     "iaf": [InverseAutoregressive] * 2 + [LowerTriangular],
     "maf": [MaskedAutoregressive] * 2 + [LowerTriangular],
     "flow": [Coupling] * 2 + [LowerTriangular, Tails],
+    "glow": [Scale, Loc, LU, Coupling] * 2 + [LowerTriangular],
+    "sylvester": [Sylvester] * 2 + [LowerTriangular],
 }
 
 
@@ -82,15 +96,75 @@ def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer
 def test_affine_may_be_chosen(name):
     last = [Tails] if name == "flow" else []
     diagonal, full = [Scale, Loc, *last], [LowerTriangular, *last]
+    low_rank = [LowRank, Scale, Loc, *last]
     assert kinds(build_flow(name, 3, {"affine": "diagonal"}))[-len(diagonal) :] == diagonal
     assert kinds(build_flow(name, 3, {"affine": "full"}))[-len(full) :] == full
+    assert kinds(build_flow(name, 3, {"affine": "low_rank"}))[-len(low_rank) :] == low_rank
 
 
 @pytest.mark.parametrize("name", ["planar", "radial", "nice", "realnvp"])
 def test_affine_is_full_up_to_a_dim(name):
     options = {"n_layers": 1}
     assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM, options))[-1] is LowerTriangular
-    assert kinds(build_flow(name, FULL_AFFINE_MAX_DIM + 1, options))[-2:] == [Scale, Loc]
+    beyond = build_flow(name, FULL_AFFINE_MAX_DIM + 1, options)
+    assert kinds(beyond)[-3:] == [LowRank, Scale, Loc]
+    assert beyond.layers[-3].rank == AFFINE_RANK
+
+
+def test_low_rank_starts_where_a_diagonal_does():
+    z = np.random.default_rng(0).normal(size=(8, 15))
+    found = []
+    for affine in ("low_rank", "diagonal"):
+        flow = build_flow("planar", 15, {"n_layers": 2, "affine": affine})
+        weights = pt.as_tensor(flatten(flow.init(np.random.default_rng(1))))
+        x, log_det = flow.forward(pt.as_tensor(z), Params(weights, flow.weight_shapes))
+        found.append(pytensor.function([], [x, log_det], mode=PYTHON)())
+    assert_allclose(found[0][0], found[1][0], rtol=0, atol=1e-12)
+    assert_allclose(found[0][1], found[1][1], rtol=0, atol=1e-12)
+
+
+def test_low_rank_fits_a_shared_factor_and_a_narrow_direction(python):
+    """A Gaussian of known evidence 0, so that the mean log weight is minus the divergence."""
+    rng = np.random.default_rng(0)
+    factor, narrow = rng.normal(size=(2, 15))
+    precision = np.linalg.inv(np.eye(15) + np.outer(factor, factor)) + 9 * np.outer(narrow, narrow)
+    constant = 0.5 * np.linalg.slogdet(precision / (2 * np.pi))[1]
+    with pm.Model():
+        x = pm.Flat("x", shape=15)
+        pm.Potential("log_density", constant - 0.5 * (x * (precision @ x)).sum())
+        flow = Chain([LowRank(15, 1), Scale(15), Loc(15)])
+        approx = pmf.fit(600, method=flow, initialize=False, random_seed=1, progressbar=False)
+    stats = approx.sample(1000, random_seed=2).sample_stats
+    # the best that any scales do: precisions of one dimension given the others
+    best_diagonal = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
+    assert (stats["log_q"] - stats["log_p"]).mean() < 0.1 < best_diagonal - 0.5
+
+
+@pytest.mark.parametrize(("dim", "options", "rank"), [(3, {}, 3), (20, {}, 8), (5, {"rank": 2}, 2)])
+def test_sylvester_has_as_many_hyperplanes_as_asked_for(dim, options, rank):
+    (*layers, _) = build_flow("sylvester", dim, {"n_layers": 2, **options}).layers
+    assert layers == [Sylvester(dim, rank)] * 2
+
+
+def test_triangular_sylvester_alternates_the_order():
+    flow = build_flow("sylvester", 9, {"n_layers": 2, "kind": "triangular", "affine": "full"})
+    reverse = Permutation(9, tuple(range(9))[::-1])
+    step = [Sylvester(9, 9, "triangular"), reverse]
+    assert list(flow.layers) == [*step, *step, LowerTriangular(9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 4}, "rank of Sylvester must be from 1 to dim, 3, got 4"),
+        ({"kind": "orthogonl"}, "kind must be one of .* got 'orthogonl'"),
+        ({"kind": "triangular", "rank": 2}, "rank must be dim, 3, where kind is 'triangular'"),
+    ],
+)
+def test_an_impossible_sylvester_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_flow("sylvester", 3, options)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +202,11 @@ def test_a_formula_is_its_layers_from_the_noise_on():
     assert flow == Chain(
         [Scale(2), *[Householder(2)] * 2, Planar(2), *[Radial(2)] * 3, Loc(2)],
     )
+
+
+def test_linear_maps_and_sylvesters_bends_are_layers_of_a_formula():
+    flow = build_flow("lu-sylvester*2-loc", 20)
+    assert flow == Chain([LU(20), *[Sylvester(20, 8)] * 2, Loc(20)])
 
 
 def test_planar_alone_is_the_family_and_with_a_repeat_a_formula():

@@ -45,7 +45,9 @@ def assert_same_draws(left, right):
         ("planar", {"n_layers": 3, "affine": "diagonal"}),
         ("scale-hh*2-radial*2-loc", {}),
         (bijections.Chain([bijections.Permutation(3, (2, 0, 1)), bijections.Scale(3)]), {}),
+        (bijections.Chain([bijections.LU(3, (2, 0, 1)), bijections.LU(3)]), {}),
         ("flow", {"n_layers": 1}),
+        ("sylvester", {"n_layers": 1, "kind": "triangular", "affine": "low_rank"}),
     ],
     ids=str,
 )

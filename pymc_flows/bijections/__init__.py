@@ -4,11 +4,19 @@ from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAu
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
-from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
-from pymc_flows.bijections.planar import Planar, Radial
+from pymc_flows.bijections.linear import (
+    LU,
+    Householder,
+    LowerTriangular,
+    LowRank,
+    Permutation,
+    Whitening,
+)
+from pymc_flows.bijections.planar import Planar, Radial, Sylvester
 from pymc_flows.bijections.spline import RationalQuadratic
 
 __all__ = [
+    "LU",
     "Additive",
     "Affine",
     "Bijection",
@@ -17,6 +25,7 @@ __all__ = [
     "Householder",
     "InverseAutoregressive",
     "Loc",
+    "LowRank",
     "LowerTriangular",
     "MaskedAutoregressive",
     "Params",
@@ -25,6 +34,7 @@ __all__ = [
     "Radial",
     "RationalQuadratic",
     "Scale",
+    "Sylvester",
     "Tails",
     "Transformer",
     "Whitening",

@@ -181,3 +181,144 @@ class Householder(Bijection):
     def inverse(self, x, params):
         """Map x (draws, dim) to z (draws, dim): a reflection undoes itself."""
         return self.forward(x, params)
+
+
+@dataclass(frozen=True)
+class LU(Bijection):
+    """Linear map by its LU factors: ``x = P L (U + diag(s)) z``, s positive.
+
+    Glow's 1x1 convolution on vectors (Kingma & Dhariwal 2018, arXiv:1807.03039, eq. 10). L has a
+    unit diagonal, U is strictly upper triangular, and ``log|det| = Σ log s``. Weights are
+    ``log_diagonal`` (dim,), of s, and ``factors`` (dim, dim), L below its diagonal and U above.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    order : tuple of int, optional
+        The fixed permutation P: element i of x is element ``order[i]`` of the product. By default
+        none, and the map starts at the identity.
+    """
+
+    order: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.order is not None:
+            Permutation(self.dim, self.order)  # checks it
+
+    def init(self, rng):
+        """Start at the permutation alone."""
+        return {
+            "log_diagonal": np.zeros(self.dim),
+            "factors": np.zeros((self.dim, self.dim)),
+        }
+
+    def _lower_upper(self, params):
+        factors = params["factors"]
+        below = np.tri(self.dim, k=-1, dtype=factors.dtype)
+        eye = np.eye(self.dim, dtype=factors.dtype)
+        return factors * below + eye, factors * below.T + eye * pt.exp(params["log_diagonal"])
+
+    def _permuted(self, x):
+        return x if self.order is None else x[:, np.asarray(self.order)]
+
+    def _unpermuted(self, x):
+        return x if self.order is None else x[:, np.argsort(self.order)]
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        lower, upper = self._lower_upper(params)
+        x = self._permuted((z @ upper.T) @ lower.T)
+        return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
+
+    def carry_score(self, z, score, params):
+        """Map z to x; the score is solved for with the factors' transposes."""
+        lower, upper = self._lower_upper(params)
+        score = pt.linalg.solve_triangular(upper.T, score.T, lower=True, b_ndim=2)
+        score = pt.linalg.solve_triangular(lower.T, score, lower=False, b_ndim=2).T
+        return *self.forward(z, params), self._permuted(score)
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        lower, upper = self._lower_upper(params)
+        z = pt.linalg.solve_triangular(lower, self._unpermuted(x).T, lower=True, b_ndim=2)
+        z = pt.linalg.solve_triangular(upper, z, lower=False, b_ndim=2).T
+        return z, pt.zeros_like(x[:, 0]) - params["log_diagonal"].sum()
+
+
+@dataclass(frozen=True)
+class LowRank(Bijection):
+    """Stretch along a few directions, squeeze along others: ``x = (I + V Vᵀ) (I + W Wᵀ)⁻¹ z``.
+
+    V and W have ``rank`` columns each. Followed by scales it makes Gaussians whose covariance, or
+    precision, is a diagonal and a low rank: priors that data narrow in a few directions, or factors
+    that many dimensions share. By the determinant lemma the log-det is
+    ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``, of matrices of ``rank`` rows whose eigenvalues are at
+    least 1; by Woodbury's identity each factor is undone exactly, in O(dim rank). Weights are
+    V and W, ``stretch`` and ``squeeze`` (dim, rank).
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    rank : int
+        Number of directions to stretch along, and to squeeze along; from 1 to ``dim``.
+    """
+
+    rank: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_rank(self)
+
+    def init(self, rng):
+        """Start at the identity, V and W equal, in random directions."""
+        # were both zero, so would be their gradients
+        directions = rng.normal(size=(self.dim, self.rank)) / self.dim**0.5
+        return {"stretch": directions, "squeeze": directions.copy()}
+
+    def _columns(self, params):
+        """V and W (dim, rank), and the Cholesky factors (rank, rank) of I + VᵀV and I + WᵀW."""
+        columns = [params["stretch"], params["squeeze"]]
+        eye = np.eye(self.rank, dtype=columns[0].dtype)
+        return columns, [pt.linalg.cholesky(eye + column.T @ column) for column in columns]
+
+    def forward(self, z, params):
+        """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
+        (v, w), (root_v, root_w) = self._columns(params)
+        x = _stretched(_squeezed(z, w, root_w), v)
+        return x, pt.zeros_like(z[:, 0]) + _log_det(root_v) - _log_det(root_w)
+
+    def carry_score(self, z, score, params):
+        """Map z to x; the score is stretched along W and squeezed along V."""
+        (v, w), (root_v, _) = self._columns(params)
+        return *self.forward(z, params), _squeezed(_stretched(score, w), v, root_v)
+
+    def inverse(self, x, params):
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
+        (v, w), (root_v, root_w) = self._columns(params)
+        z = _stretched(_squeezed(x, v, root_v), w)
+        return z, pt.zeros_like(x[:, 0]) + _log_det(root_w) - _log_det(root_v)
+
+
+def _check_rank(layer):
+    if not 1 <= layer.rank <= layer.dim:
+        name = type(layer).__name__
+        raise ValueError(f"rank of {name} must be from 1 to dim, {layer.dim}, got {layer.rank}")
+
+
+def _stretched(z, v):
+    """``(I + V Vᵀ) z`` of every row z."""
+    return z + (z @ v) @ v.T
+
+
+def _squeezed(x, v, root):
+    """``(I + V Vᵀ)⁻¹ x`` of every row x, with the Cholesky factor of I + VᵀV."""
+    along = pt.linalg.solve_triangular(root, (x @ v).T, lower=True, b_ndim=2)
+    along = pt.linalg.solve_triangular(root.T, along, lower=False, b_ndim=2).T
+    return x - along @ v.T
+
+
+def _log_det(root):
+    return 2 * pt.log(pt.diagonal(root)).sum()
