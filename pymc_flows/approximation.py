@@ -37,6 +37,7 @@ from pymc_flows.bijections import (
     Tails,
     Whitening,
     flatten,
+    normal_log_density,
 )
 from pymc_flows.compilation import compile_function
 from pymc_flows.families import (
@@ -360,12 +361,6 @@ class FlowGroup(Group):
 def noise_dim(group: Group) -> int:
     """Columns of base noise that draws of a group are made from: its own ``noise_dim``, or its dim."""
     return getattr(group, "noise_dim", group.ddim)
-
-
-def normal_log_density(z):
-    """Standard normal log density (draws,) of z (draws, dim)."""
-    constant = np.asarray(0.5 * np.log(2 * np.pi), dtype=z.dtype)
-    return -(0.5 * z**2 + constant).sum(axis=1)
 
 
 class FlowApproximation(Approximation):

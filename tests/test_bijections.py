@@ -23,6 +23,7 @@ from pymc_flows.bijections import (
     Affine,
     Chain,
     Coupling,
+    GatedCoupling,
     Householder,
     InverseAutoregressive,
     Loc,
@@ -63,6 +64,7 @@ def layers(dim):
         Coupling(dim, hidden=()),
         InverseAutoregressive(dim, hidden=(5, 4)),
         MaskedAutoregressive(dim, hidden=(5, 4)),
+        GatedCoupling(dim, mask=tuple(i % 2 for i in range(dim)), hidden=5),
         Chain([coupling, Radial(dim), coupling, Scale(dim)]),
         Chain([Planar(dim), Loc(dim), Planar(dim)]),
     ]

@@ -1,10 +1,11 @@
 """The maths of normalizing flows, in PyTensor: layers, and chains of them. Nothing here needs PyMC."""
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
-from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
+from pymc_flows.bijections.base import Bijection, Chain, Params, flatten, normal_log_density
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
+from pymc_flows.bijections.multiplicative import GatedCoupling, Multiplicative
 from pymc_flows.bijections.planar import Planar, Radial
 from pymc_flows.bijections.spline import RationalQuadratic
 
@@ -14,11 +15,13 @@ __all__ = [
     "Bijection",
     "Chain",
     "Coupling",
+    "GatedCoupling",
     "Householder",
     "InverseAutoregressive",
     "Loc",
     "LowerTriangular",
     "MaskedAutoregressive",
+    "Multiplicative",
     "Params",
     "Permutation",
     "Planar",
@@ -29,4 +32,5 @@ __all__ = [
     "Transformer",
     "Whitening",
     "flatten",
+    "normal_log_density",
 ]
