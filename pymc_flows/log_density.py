@@ -97,7 +97,7 @@ def batch(
         Value variable's name to (draws, \*shape).
     vectorize : bool, optional
         Batch the graph, or scan over the draws. By default, what is faster: a scan where a draw's
-        own matrices are large, and a batch otherwise; and, with a warning, a scan where a graph
+        own matrices are large and there are no minibatches, and a batch otherwise; and, with a warning, a scan where a graph
         can't be batched.
     """
     first = next(iter(values.values()))
@@ -105,7 +105,8 @@ def batch(
     graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
     if vectorize is None:
-        vectorize = not _has_large_matrices(graphs, replacements)
+        # a loop can't draw minibatches
+        vectorize = has_minibatch(model) or not _has_large_matrices(graphs, replacements)
     if vectorize:
         try:
             batched = vectorize_graph(graphs, replacements)
