@@ -496,6 +496,18 @@ def test_the_diagnosis_knows_what_its_weights_are_of(python):
     assert not pmf.diagnose(by_name("mean_field", model), draws=200).auxiliary
 
 
+def test_the_model_in_base_space_has_the_multipliers_too(python):
+    model, _ = regression()
+    approx = pmf.FlowApproximation([MNFGroup(None, model=model, **SMALL)], model, random_seed=1)
+    perturb(approx)
+    neutra = pmf.neutra_model(approx)
+    (noise,) = np.random.default_rng(0).normal(size=(1, approx.groups[0].noise_dim))
+    found = neutra.compile_logp(mode=PYTHON)({"noise": noise})
+    x, log_q = approx.flow_function(1)(noise[None])
+    log_p = model.compile_logp(mode=PYTHON)({"weights": x.reshape(3, 2)})
+    assert_allclose(found, stats.norm.logpdf(noise).sum() + log_p - log_q[0], rtol=1e-10)
+
+
 def by_name(vfam, model):
     with model:
         return pmf.FlowApproximation([pm.Group(None, vfam=vfam)], model)
