@@ -280,6 +280,7 @@ def mnf(
     hidden: int = 50,
     dropout: float = 0.1,
     sigma: float = 0.1,
+    n_statistics: int = 16,
 ) -> Multiplicative:
     """Matrices whose rows have random multipliers (Louizos & Welling 2017, arXiv:1703.01961).
 
@@ -301,6 +302,9 @@ def mnf(
     sigma : float, default 0.1
         Standard deviations of the weights at first, given the multipliers, relative to the spread of
         their means (Glorot & Bengio 2010).
+    n_statistics : int, default 16
+        Numbers by which r(z|W) knows W: more tighten the bound. The paper has one, with which a
+        narrow matrix's multipliers gain little over mean field.
     """
     rows, _ = shape
     spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
@@ -312,6 +316,7 @@ def mnf(
         auxiliary=Chain([standardized, *auxiliary, *_affine(rows, "diagonal")]),
         dropout=dropout,
         sigma=sigma,
+        n_statistics=_at_least_one(n_statistics=n_statistics),
     )
 
 

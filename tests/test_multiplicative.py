@@ -20,7 +20,7 @@ from pymc_flows.objective import build_objective
 from pymc_flows.training import Schedule
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
-SMALL = {"n_layers": 2, "n_auxiliary_layers": 2, "hidden": 3}
+SMALL = {"n_layers": 2, "n_auxiliary_layers": 2, "hidden": 3, "n_statistics": 2}
 X = np.random.default_rng(1).normal(size=(12, 3))
 
 
@@ -100,9 +100,11 @@ def gates(layers, z, flat):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (4, 3)])
-@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0])
-def test_density_terms_are_louizos_and_wellings(shape, scale):
-    layer = mnf(shape, **SMALL, dropout=0.3)
+@pytest.mark.parametrize("n_statistics", [1, 3])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics):
+    """The paper's r has one statistic of W; several add up."""
+    layer = mnf(shape, **{**SMALL, "n_statistics": n_statistics}, dropout=0.3)
     rows, columns = shape
     noise = np.random.default_rng(4).normal(size=(16, layer.noise_dim))
     flat = perturbed(layer, scale)
@@ -116,10 +118,11 @@ def test_density_terms_are_louizos_and_wellings(shape, scale):
     z_b, log_det_r = gates(layer.auxiliary.layers, z, w["auxiliary"])
     log_r = log_det_r.copy()
     for d in range(len(z)):
-        a = np.array([np.tanh(w["c"] @ matrix[d, :, j]) for j in range(columns)])
+        each = range(n_statistics)
+        a = [[np.tanh(w["c"][k] @ matrix[d, :, j]) for j in range(columns)] for k in each]
         for i in range(rows):
-            r_mean = np.mean([w["b1"][i] * a_j for a_j in a])
-            v = np.mean([w["b2"][i] * a_j for a_j in a])
+            r_mean = sum(np.mean([w["b1"][k, i] * a_j for a_j in a[k]]) for k in each)
+            v = sum(np.mean([w["b2"][k, i] * a_j for a_j in a[k]]) for k in each)
             log_r[d] += -0.5 * np.exp(v) * (z_b[d, i] - r_mean) ** 2
             log_r[d] += -0.5 * np.log(2 * np.pi) + 0.5 * v
 
@@ -161,6 +164,7 @@ def test_extreme_weights_and_noise_stay_finite(size):
         ({"n_layers": 0}, "n_layers must be a whole number of at least 1, got 0"),
         ({"n_auxiliary_layers": 0}, "n_auxiliary_layers must be a whole number of at least 1"),
         ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
+        ({"n_statistics": 0}, "n_statistics must be a whole number of at least 1, got 0"),
         ({"dropout": 1.0}, "dropout must be between 0 and 1, got 1.0"),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
     ],
@@ -254,7 +258,9 @@ def test_bound_is_below_a_known_evidence(python):
 
 def test_bound_tightens_with_the_capacity_of_r():
     """Of one q, train r alone: first blind to W, then whole; judge on other draws."""
-    layer = mnf((3, 4), n_layers=2, n_auxiliary_layers=1, hidden=5, dropout=0.5, sigma=0.05)
+    layer = mnf(
+        (3, 4), n_layers=2, n_auxiliary_layers=1, hidden=5, dropout=0.5, sigma=0.05, n_statistics=1
+    )
     weights = layer.init(np.random.default_rng(1))
     weights["flow"] += np.random.default_rng(2).normal(size=weights["flow"].size)
     flat = flatten(weights)

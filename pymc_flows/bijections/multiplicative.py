@@ -103,9 +103,9 @@ class Multiplicative:
 
     ``q(W|z) = Π N(z_i μ_ij, σ_ij²)``; ``z0 ~ N(μ_z, σ_z²)``, ``z = flow(z0)`` (arXiv:1703.01961). What
     z adds to the density of W can't be integrated out, so r(z|W) bounds it: ``ln q(W|z) + ln q(z) - ln
-    r(z|W)`` is on average no less than ``ln q(W)``. With ``z_b = auxiliary(z)`` and ``a_j = tanh(Σ_i c_i
-    W_ij)``, r is a Gaussian of z_b whose mean is ``avg_j(b1_i a_j)`` and whose log precision
-    ``avg_j(b2_i a_j)``.
+    r(z|W)`` is on average no less than ``ln q(W)``. With ``z_b = auxiliary(z)`` and ``a_jk = tanh(Σ_i
+    c_ki W_ij)``, r is a Gaussian of z_b whose mean is ``Σ_k b1_ki avg_j(a_jk)`` and whose log precision
+    ``Σ_k b2_ki avg_j(a_jk)``. The paper has one statistic, k = 1; a single number tells little of W.
 
     Parameters
     ----------
@@ -119,6 +119,8 @@ class Multiplicative:
     sigma : float, default 0.1
         Standard deviation of each weight given z at first, relative to the spread of Glorot & Bengio
         2010, ``(2 / (rows + columns))^½``, at which the means start.
+    n_statistics : int, default 1
+        Numbers by which r knows W.
     """
 
     shape: tuple[int, int]
@@ -126,6 +128,7 @@ class Multiplicative:
     auxiliary: Bijection
     dropout: float = 0.1
     sigma: float = 0.1
+    n_statistics: int = 1
 
     def __post_init__(self):
         if len(self.shape) != 2 or min(self.shape) < 1:
@@ -138,6 +141,8 @@ class Multiplicative:
             raise ValueError(f"dropout must be between 0 and 1, got {self.dropout!r}")
         if not 0 < self.sigma < np.inf:
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
+        if self.n_statistics < 1:
+            raise ValueError(f"n_statistics must be at least 1, got {self.n_statistics}")
 
     @property
     def noise_dim(self) -> int:
@@ -155,10 +160,10 @@ class Multiplicative:
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
             "z_mean": np.ones(rows),
             "z_log_sd": np.full(rows, np.log(z_sd)),
-            "c": rng.normal(size=rows),
+            "c": rng.normal(size=(self.n_statistics, rows)),
             # r then starts as the law of its flow alone, whatever W
-            "b1": np.zeros(rows),
-            "b2": np.zeros(rows),
+            "b1": np.zeros((self.n_statistics, rows)),
+            "b2": np.zeros((self.n_statistics, rows)),
             "flow": flow,
             "auxiliary": auxiliary,
         }
@@ -208,8 +213,10 @@ class Multiplicative:
         """``ln r(z|W)`` (draws,) of z (draws, rows) and W (draws, rows, columns), in nats."""
         flat = Params(params["auxiliary"], self.auxiliary.weight_shapes)
         z_b, log_det = self.auxiliary.forward(z, flat)
-        # neither b depends on the column, so what is averaged over columns is a_j alone
-        a = pt.tanh((params["c"][:, None] * w).sum(axis=1)).mean(axis=1)[:, None]
-        log_precision = params["b2"] * a
-        away = (z_b - params["b1"] * a) * pt.exp(log_precision / 2)
+        # neither b depends on the column, so what is averaged over columns is a_jk alone
+        rows, columns = self.shape
+        by_column = w.transpose((0, 2, 1)).reshape((-1, rows)) @ params["c"].T
+        a = pt.tanh(by_column.reshape((-1, columns, self.n_statistics))).mean(axis=1)
+        log_precision = a @ params["b2"]
+        away = (z_b - a @ params["b1"]) * pt.exp(log_precision / 2)
         return normal_log_density(away) + log_precision.sum(axis=1) / 2 + log_det
