@@ -12,7 +12,7 @@ from pytensor.compile.mode import Mode
 from scipy import optimize, stats
 
 import pymc_flows as pmf
-from pymc_flows.bijections import Params, flatten
+from pymc_flows.bijections import GatedCoupling, Loc, Multiplicative, Params, flatten
 from pymc_flows.families import UnknownFlowError, mnf
 from pymc_flows.log_density import log_density
 from pymc_flows.multiplicative import MNFGroup
@@ -172,6 +172,38 @@ def test_extreme_weights_and_noise_stay_finite(size):
 def test_options_out_of_range_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         mnf((3, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GatedCoupling(2, (1, 1)), "mask must be 2 of 0 and 1, at least one of them 0"),
+        (lambda: GatedCoupling(2, (0,)), "mask must be 2 of 0 and 1"),
+        (lambda: GatedCoupling(2, (0, 1), hidden=0), "hidden must be a width of at least 1, got 0"),
+        (
+            lambda: Multiplicative((2, 0), Loc(2), Loc(2)),
+            "shape must be rows and columns, at least",
+        ),
+        (lambda: Multiplicative((2, 3), Loc(3), Loc(2)), "dim of flow must be the rows, 2, got 3"),
+    ],
+)
+def test_impossible_layers_are_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_gates_start_nearly_open():
+    layer = GatedCoupling(3, (0, 1, 0), hidden=4)
+    z, flat = pt.matrix(shape=(None, 3)), pt.vector(shape=(layer.n_weights,))
+    found = pytensor.function(
+        [z, flat], layer.forward(z, Params(flat, layer.weight_shapes)), mode=PYTHON
+    )
+    noise = np.random.default_rng(0).normal(size=(4, 3))
+    moved, log_det = found(noise, flatten(layer.init(np.random.default_rng(1))))
+    gate = sigmoid(3.0)
+    assert gate > 0.95
+    assert_allclose(moved, noise * [gate, 1.0, gate], rtol=1e-12)
+    assert_allclose(log_det, 2 * np.log(gate), rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------ the bound
