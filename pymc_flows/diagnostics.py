@@ -336,8 +336,8 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
             "and do not tell which"
         )
         advice.append(
-            "compare predictions on data held out, or with NUTS on a small model; more n_auxiliary_layers "
-            "make the weights more even"
+            "compare predictions on data held out, or with NUTS on a small model; more n_statistics or "
+            "n_auxiliary_layers may make the weights more even"
         )
     elif not trusted:
         reasons.append(
