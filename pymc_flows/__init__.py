@@ -8,6 +8,7 @@ from pymc_flows.correction import importance_resample, neutra_model, sample_imh,
 from pymc_flows.diagnostics import Diagnosis, diagnose
 from pymc_flows.families import UnknownFlowError, families
 from pymc_flows.inference import NFVI
+from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.plots import (
     plot_compare,
     plot_forest,
@@ -28,6 +29,7 @@ __all__ = [
     "Diagnosis",
     "FlowApproximation",
     "FlowGroup",
+    "MNFGroup",
     "NormalizingFlow",
     "UnknownFlowError",
     "bijections",

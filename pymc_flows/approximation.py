@@ -37,6 +37,7 @@ from pymc_flows.bijections import (
     Tails,
     Whitening,
     flatten,
+    normal_log_density,
 )
 from pymc_flows.compilation import compile_function
 from pymc_flows.families import (
@@ -53,6 +54,8 @@ from pymc_flows.noncentering import Noncentering, find_noncentering
 
 # what a flow is and where it stands, beside the values of its parameters
 _STATE = ("layers", "noncentering", "loc", "factor", "shared_params", "fitted")
+# of log_q of draws, where it bounds their density: that of multipliers too, less the auxiliary's
+AUXILIARY_DENSITY = "joint with auxiliary variables"
 MOMENT_DRAWS = 8192
 CHUNK_DRAWS = 1000
 CHUNK_ELEMENTS = 2**24
@@ -251,23 +254,7 @@ class FlowGroup(Group):
 
     def _prepare_start(self, start=None):
         """Return the start, unconstrained and flat, in this group's order of variables."""
-        names = [rv.name for rv in self.model.free_RVs]
-        for key in start or {}:
-            name = getattr(key, "name", key)
-            plain = get_untransformed_name(name) if is_transformed_name(name) else name
-            if plain not in names:
-                raise UnknownFlowError(
-                    f"unknown variable {name!r} in start{nearest(name, names)}. "
-                    f"Free variables: {', '.join(names)}"
-                )
-        point = make_initial_point_fn(
-            model=self.model, overrides=start, jitter_rvs=set(), return_transformed=True
-        )(self.rng.randint(2**30, dtype=np.int64))
-        flat = np.concatenate([np.ravel(point[name]) for name in self.ordering])
-        if not np.isfinite(flat).all():
-            bad = [name for name in self.ordering if not np.isfinite(point[name]).all()]
-            raise ParametrizationError(f"start of {bad} must be finite, got {point[bad[0]]}")
-        return flat
+        return start_of_group(self, start)
 
     @property
     def on_ladder(self) -> bool:
@@ -357,15 +344,30 @@ class FlowGroup(Group):
         return FlowApproximation([self], model=self.model).state
 
 
+def start_of_group(group: Group, start: Mapping[Any, Any] | None = None) -> np.ndarray:
+    """Return the start, unconstrained and flat, in a group's order of variables."""
+    names = [rv.name for rv in group.model.free_RVs]
+    for key in start or {}:
+        name = getattr(key, "name", key)
+        plain = get_untransformed_name(name) if is_transformed_name(name) else name
+        if plain not in names:
+            raise UnknownFlowError(
+                f"unknown variable {name!r} in start{nearest(name, names)}. "
+                f"Free variables: {', '.join(names)}"
+            )
+    point = make_initial_point_fn(
+        model=group.model, overrides=start, jitter_rvs=set(), return_transformed=True
+    )(group.rng.randint(2**30, dtype=np.int64))
+    flat = np.concatenate([np.ravel(point[name]) for name in group.ordering])
+    if not np.isfinite(flat).all():
+        bad = [name for name in group.ordering if not np.isfinite(point[name]).all()]
+        raise ParametrizationError(f"start of {bad} must be finite, got {point[bad[0]]}")
+    return flat
+
+
 def noise_dim(group: Group) -> int:
     """Columns of base noise that draws of a group are made from: its own ``noise_dim``, or its dim."""
     return getattr(group, "noise_dim", group.ddim)
-
-
-def normal_log_density(z):
-    """Standard normal log density (draws,) of z (draws, dim)."""
-    constant = np.asarray(0.5 * np.log(2 * np.pi), dtype=z.dtype)
-    return -(0.5 * z**2 + constant).sum(axis=1)
 
 
 class FlowApproximation(Approximation):
@@ -417,10 +419,21 @@ class FlowApproximation(Approximation):
         return noise, self._joined(xs, n_draws), sum(log_qs)
 
     def draws_and_score(self, n_draws: int):
-        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) as a fourth."""
+        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) as a fourth.
+
+        Of groups that carry no score it is 0; a fifth is the sum of their ``log_q``, None without any.
+        """
         noise = self._symbolic_noise(n_draws)
         xs, log_qs, scores = zip(*map(_draws_and_score_of_group, self.groups, noise), strict=True)
-        return noise, self._joined(xs, n_draws), sum(log_qs), self._joined(scores, n_draws)
+        scoreless = [q for g, q in zip(self.groups, log_qs, strict=True) if not carries_score(g)]
+        score = self._joined(scores, n_draws)
+        return (
+            noise,
+            self._joined(xs, n_draws),
+            sum(log_qs),
+            score,
+            sum(scoreless) if scoreless else None,
+        )
 
     def _symbolic_noise(self, n_draws):
         return [pt.matrix(shape=(n_draws, noise_dim(group))) for group in self.groups]
@@ -492,11 +505,12 @@ class FlowApproximation(Approximation):
         idata = pm.to_inference_data(
             multi_trace, model=model, include_transformed=include_transformed, **kwargs
         )
+        of = {} if all(map(carries_score, self.groups)) else {"density": AUXILIARY_DENSITY}
         idata["sample_stats"] = DataTree(
             Dataset(
                 {
                     "log_p": (("chain", "draw"), log_p[None]),
-                    "log_q": (("chain", "draw"), log_q[None]),
+                    "log_q": (("chain", "draw"), log_q[None], of),
                 },
                 coords=idata.posterior.coords.to_dataset()[["chain", "draw"]].coords,
             )
@@ -598,7 +612,7 @@ class FlowApproximation(Approximation):
         Raises
         ------
         NotImplementedInference
-            If a flow has no inverse (planar).
+            If a flow has no inverse (planar), or a group (mnf) no density but a bound of it.
         ValueError
             If variables are missing, unknown, or their shapes do not fit.
         """
@@ -770,8 +784,13 @@ def with_density(approx: Any) -> FlowApproximation:
     return FlowApproximation(approx.groups, model=approx.model)
 
 
+def carries_score(group: Group) -> bool:
+    """Whether a group's draws have a density with a score; those with a bound alone do not."""
+    return getattr(group, "carries_score", True)
+
+
 def _draws_of_group(group, noise):
-    if isinstance(group, FlowGroup):
+    if hasattr(group, "draws_and_log_q"):
         return group.draws_and_log_q(noise)
     return graph_replace(
         [group.symbolic_random, group.symbolic_logq], {group.symbolic_initial: noise}, strict=False
@@ -782,6 +801,8 @@ def _draws_and_score_of_group(group, noise):
     if isinstance(group, FlowGroup):
         return group.draws_and_score(noise)
     x, log_q = _draws_of_group(group, noise)
+    if not carries_score(group):
+        return x, log_q, pt.zeros_like(x)
     if isinstance(group, MeanFieldGroup):
         return x, log_q, -noise / group.std
     if isinstance(group, FullRankGroup):
@@ -793,7 +814,7 @@ def _draws_and_score_of_group(group, noise):
 
 def log_density_of_group(group, x):
     """Log density (draws,) of x (draws, dim) under a flow or one of PyMC's Gaussian groups."""
-    if isinstance(group, FlowGroup):
+    if hasattr(group, "log_density_of"):
         return group.log_density_of(x)
     if isinstance(group, MeanFieldGroup):
         return normal_log_density((x - group.mean) / group.std) - pt.log(group.std).sum()

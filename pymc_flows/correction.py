@@ -17,7 +17,7 @@ from pymc.variational.opvi import Approximation
 from pytensor.graph.replace import graph_replace
 from xarray import DataTree
 
-from pymc_flows.approximation import with_density
+from pymc_flows.approximation import noise_dim, with_density
 from pymc_flows.importance import khat_threshold, smooth
 from pymc_flows.log_density import has_minibatch, value_slices
 
@@ -205,7 +205,8 @@ def neutra_model(approx: Approximation) -> pm.Model:
     Returns
     -------
     Model
-        With one free variable, standard normal noise (dim,), a potential ``log_weight``, which is
+        With one free variable, standard normal noise (dim,), of mnf groups also that of their
+        multipliers, a potential ``log_weight``, which is
         log p - log q, and the variables of the original model, by name, as deterministics.
     """
     approx = with_density(approx)
@@ -218,11 +219,12 @@ def neutra_model(approx: Approximation) -> pm.Model:
     graphs = [model.logp(), *model.replace_rvs_by_values(named)]
     log_p, *values = graph_replace(graphs, place, strict=False)
     with pm.Model(coords=dict(model.coords)) as neutra:
-        base = pm.Normal(_free_name("noise", model), shape=(approx.ddim,))
+        base = pm.Normal(_free_name("noise", model), shape=(sum(map(noise_dim, approx.groups)),))
         pieces, first = {}, 0
         for group, z in zip(approx.groups, noise, strict=True):
-            pieces[z] = pt.specify_shape(base[None, first : first + group.ddim], (1, group.ddim))
-            first += group.ddim
+            n = noise_dim(group)
+            pieces[z] = pt.specify_shape(base[None, first : first + n], (1, n))
+            first += n
         outputs = graph_replace([log_p - log_q[0], *values], {**pieces, **frozen}, strict=False)
         log_weight, *values = outputs
         pm.Potential(_free_name("log_weight", model), log_weight)

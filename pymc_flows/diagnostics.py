@@ -16,7 +16,7 @@ import xarray as xr
 from pymc.variational.opvi import Approximation
 from xarray import DataTree
 
-from pymc_flows.approximation import with_density
+from pymc_flows.approximation import AUXILIARY_DENSITY, with_density
 from pymc_flows.compare import Scalars
 from pymc_flows.importance import khat, khat_threshold, smooth
 
@@ -75,6 +75,9 @@ class Diagnosis:
         Modes that the search for a start found and the fit leaves out.
     draws : DataTree
         What all this is estimated from, as :meth:`FlowApproximation.sample` returns it.
+    auxiliary : bool
+        Whether ``log_q`` is of draws with auxiliary variables (mnf): the weights are then those of
+        both together. Where they are even, so are the draws' own; where not, the draws' own may be.
     """
 
     verdict: str
@@ -98,6 +101,7 @@ class Diagnosis:
     restarts_agree: bool | None
     modes_missed: int
     draws: DataTree = field(repr=False)
+    auxiliary: bool = False
 
     @property
     def ess_fraction(self) -> float:
@@ -250,6 +254,7 @@ def diagnose_draws(
         "nonfinite_steps": record.get("nonfinite_steps", 0),
         "restarts_agree": record.get("restarts_agree"),
         "modes_missed": record.get("modes_missed", 0),
+        "auxiliary": result["sample_stats"]["log_q"].attrs.get("density") == AUXILIARY_DENSITY,
     }
     verdict, reasons, advice = _verdict(numbers, errors)
     return Diagnosis(verdict, reasons, advice, errors=errors, draws=result, **numbers)
@@ -324,7 +329,17 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
         )
         advice.append("check the model's bounds")
     trusted = numbers["khat"] <= numbers["khat_threshold"]
-    if not trusted:
+    if not trusted and numbers["auxiliary"]:
+        reasons.append(
+            f"k-hat {numbers['khat']:.2f} is above {numbers['khat_threshold']:.2f}; these are weights of the "
+            "multipliers too, uneven where the fit of the matrices is wrong and where only the auxiliary is, "
+            "and do not tell which"
+        )
+        advice.append(
+            "compare predictions on data held out, or with NUTS on a small model; more n_statistics or "
+            "n_auxiliary_layers may make the weights more even"
+        )
+    elif not trusted:
         reasons.append(
             f"k-hat {numbers['khat']:.2f} is above {numbers['khat_threshold']:.2f}: the posterior has "
             "more mass than the fit where its draws are rare, and no weights make up for that"

@@ -17,12 +17,14 @@ from pymc_flows.bijections import (
     Bijection,
     Chain,
     Coupling,
+    GatedCoupling,
     Householder,
     InverseAutoregressive,
     Loc,
     LowerTriangular,
     LowRank,
     MaskedAutoregressive,
+    Multiplicative,
     Permutation,
     Planar,
     Radial,
@@ -30,6 +32,7 @@ from pymc_flows.bijections import (
     Scale,
     Sylvester,
     Tails,
+    Whitening,
 )
 
 DEFAULT_FAMILY = "flow"
@@ -335,6 +338,61 @@ def sylvester(
     return Chain(layers * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 
+def mnf(
+    shape: tuple[int, int],
+    *,
+    n_layers: int = 2,
+    n_auxiliary_layers: int = 2,
+    hidden: int = 50,
+    dropout: float = 0.1,
+    sigma: float = 0.1,
+    n_statistics: int = 16,
+) -> Multiplicative:
+    """Matrices whose rows have random multipliers (Louizos & Welling 2017, arXiv:1703.01961).
+
+    The multipliers go through gated couplings; the auxiliary r(z|W) has gated couplings of its own,
+    between the standardization of the multipliers and an affine map.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Rows and columns.
+    n_layers : int, default 2
+        Number of gated couplings of the multipliers.
+    n_auxiliary_layers : int, default 2
+        Number of gated couplings of the auxiliary r(z|W): more tighten the bound.
+    hidden : int, default 50
+        Width of each coupling's hidden layer.
+    dropout : float, default 0.1
+        Rate of the Gaussian dropout as which the multipliers start.
+    sigma : float, default 0.1
+        Standard deviations of the weights at first, given the multipliers, relative to the spread of
+        their means (Glorot & Bengio 2010).
+    n_statistics : int, default 16
+        Numbers by which r(z|W) knows W: more tighten the bound. The paper has one, with which a
+        narrow matrix's multipliers gain little over mean field.
+    """
+    rows, _ = shape
+    spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
+    standardized = Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))
+    auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
+    return Multiplicative(
+        shape,
+        flow=Chain(_gates(rows, _at_least_one(n_layers=n_layers), hidden)),
+        auxiliary=Chain([standardized, *auxiliary, *_affine(rows, "diagonal")]),
+        dropout=dropout,
+        sigma=sigma,
+        n_statistics=_at_least_one(n_statistics=n_statistics),
+    )
+
+
+def _gates(dim, n_layers, hidden) -> list[Bijection]:
+    """Gated couplings on alternating masks; one dimension always moves."""
+    hidden = _at_least_one(hidden=hidden)
+    masks = [tuple((i + k) % 2 if dim > 1 else 0 for i in range(dim)) for k in range(n_layers)]
+    return [GatedCoupling(dim, mask, hidden) for mask in masks]
+
+
 def _couplings(dim, transformer, n_layers, hidden, affine) -> Chain:
     coupling = Coupling(dim, transformer, _widths(hidden))
     return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
@@ -369,7 +427,7 @@ def _affine(dim: int, kind: str | None) -> list[Bijection]:
 class Family:
     """A recipe and what users should know of it."""
 
-    build: Callable[..., Chain]
+    build: Callable[..., Any]
     paper: str
     density_of_any_point: str
     best_for: str
@@ -414,6 +472,13 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# of matrices: not one bijection, but a group of its own, with a bound in place of a density
+MATRIX_FAMILIES: dict[str, Family] = {
+    "mnf": Family(
+        mnf, "Louizos & Welling 2017", "never: a bound of it", "weight matrices of networks"
+    ),
+}
+
 FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
     "scale": Scale,
     "loc": Loc,
@@ -450,7 +515,7 @@ def families():
             "best_for": family.best_for,
             "options": ", ".join(f"{k}={v!r}" for k, v in family.options.items()),
         }
-        for name, family in FAMILIES.items()
+        for name, family in {**FAMILIES, **MATRIX_FAMILIES}.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("family")
 
@@ -466,6 +531,11 @@ def is_flow(name: Any) -> bool:
         return True
     parts = [part.partition("*")[0].strip() for part in name.split("-")]
     return "*" in name or name.startswith("nfvi=") or any(p in FORMULA_LAYERS for p in parts)
+
+
+def is_matrix_family(name: Any) -> bool:
+    """Whether a name is that of a family of matrices."""
+    return isinstance(name, str) and canonical(name) in MATRIX_FAMILIES
 
 
 def build_flow(
@@ -499,6 +569,8 @@ def build_flow(
     name = canonical(flow)
     if name in FAMILIES:
         return FAMILIES[name].build(dim, **options)
+    if name in MATRIX_FAMILIES:
+        raise UnknownFlowError(f"{name!r} is a family of matrices, and no flow of all variables")
     return Chain([FORMULA_LAYERS[layer](dim) for layer in parse_formula(name)])
 
 
@@ -514,6 +586,8 @@ def check_flow(flow: str | Bijection, options: Mapping[str, Any]) -> None:
         known, kind = list(MODEL_OPTIONS), "a ready bijection"
     elif (name := canonical(flow)) in FAMILIES:
         known, kind = [*FAMILIES[name].options, *MODEL_OPTIONS], f"family {name!r}"
+    elif name in MATRIX_FAMILIES:
+        known, kind = list(MATRIX_FAMILIES[name].options), f"family {name!r}"
     else:
         parse_formula(name)
         known, kind = list(MODEL_OPTIONS), f"formula {name!r}"

@@ -20,9 +20,10 @@ from xarray import DataTree
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
 from pymc_flows.bijections import Bijection
 from pymc_flows.compilation import prefers_jax
-from pymc_flows.families import FAMILIES, canonical, nearest
+from pymc_flows.families import FAMILIES, MATRIX_FAMILIES, canonical, is_matrix_family, nearest
 from pymc_flows.ladder import Ladder, Settings, climb_again
 from pymc_flows.log_density import has_large_matrices, largest_side
+from pymc_flows.multiplicative import MNFGroup, by_layers
 from pymc_flows.objective import GRADIENTS
 
 DEFAULT_STEPS = 5000
@@ -34,7 +35,7 @@ REFINE_RATE = 0.2
 SMALL_SIDE = 256
 FIT_OPTIONS = (
     "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
-    "learning_rate", "annealing", "gradient", "initialize", "patience", "n_restarts", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
+    "learning_rate", "annealing", "kl_warmup", "gradient", "initialize", "patience", "n_restarts", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
     "more_obj_params", "more_updates", "more_replacements", "compile_kwargs",
 )  # fmt: skip
 
@@ -49,7 +50,7 @@ class NFVI(Inference):
     flow : str, Bijection, list of Group, or Approximation, default "flow"
         A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, a
         ready bijection; or groups (flows or PyMC's own, together with all variables); or an
-        approximation to fit further.
+        approximation to fit further. ``"mnf"`` takes the matrices, and mean field the rest.
     model : Model, optional
         Taken from the context otherwise.
     random_seed : int, optional
@@ -77,7 +78,10 @@ class NFVI(Inference):
         start: dict[str, Any] | DataTree | Approximation | None = None,
         **options,
     ) -> None:
-        if isinstance(flow, str | Bijection):
+        if is_matrix_family(flow):
+            groups = by_layers(model, random_seed, start, **options)
+            approx = FlowApproximation(groups, model=model, random_seed=random_seed)
+        elif isinstance(flow, str | Bijection):
             approx = NormalizingFlow(
                 flow, model=model, random_seed=random_seed, start=start, **options
             )
@@ -105,6 +109,7 @@ class NFVI(Inference):
         include_transformed: bool = False,
         learning_rate: float | None = None,
         annealing: int | None = None,
+        kl_warmup: int = 0,
         gradient: str = "stl",
         initialize: bool = True,
         patience: int = 50,
@@ -146,6 +151,11 @@ class NFVI(Inference):
             default none, but 500, at most a third of ``n``, where the search for a start ended in
             several modes. The Jacobians of the model's transforms are left as they are, except where
             JAX can't compile the model.
+        kl_warmup : int, default 0
+            Steps over which the weight of ``log q`` less the log prior grows to 1, while the likelihood
+            counts in full: networks first fit their data, and prior and entropy come in by and by
+            (Sønderby et al. 2016, arXiv:1602.02282). Losses of these steps are not the negative ELBO.
+            Not with ``annealing``, which flattens prior and likelihood alike.
         gradient : {"stl", "reparameterization", "dreg"}, default "stl"
             The gradient's estimator; see :func:`pymc_flows.objective.build_objective`.
         initialize : bool, default True
@@ -203,6 +213,12 @@ class NFVI(Inference):
             raise ValueError(f"annealing must be at least 0, got {annealing}")
         if annealing and annealing >= n > 0:
             raise ValueError(f"annealing must be below n={n}, got {annealing}")
+        if kl_warmup < 0:
+            raise ValueError(f"kl_warmup must be at least 0, got {kl_warmup}")
+        if kl_warmup >= n > 0:
+            raise ValueError(f"kl_warmup must be below n={n}, got {kl_warmup}")
+        if kl_warmup and annealing:
+            raise ValueError(f"kl_warmup must be 0 with annealing={annealing}, got {kl_warmup}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
         if n_draws < 1:
@@ -219,7 +235,8 @@ class NFVI(Inference):
             n_draws=n_draws,
             may_grow=obj_n_mc is None and obj_optimizer is None,
             rate=rate,
-            annealing=annealing,
+            annealing=0 if kl_warmup else annealing,
+            kl_warmup=kl_warmup,
             gradient=gradient,
             initialize=initialize,
             patience=patience if obj_optimizer is None else 0,
@@ -331,7 +348,7 @@ def _joint(flow, model, random_seed) -> FlowApproximation:
             flow.rng = np.random.RandomState(random_seed)
             seeds = np.random.SeedSequence(random_seed).generate_state(len(flow.groups))
             for group, seed in zip(flow.groups, seeds, strict=True):
-                if isinstance(group, FlowGroup) and not group.seeded:
+                if isinstance(group, FlowGroup | MNFGroup) and not group.seeded:
                     # weights that there are stay; those of a search's start are drawn from it
                     group.rng = np.random.RandomState(int(seed))
         return flow
@@ -346,7 +363,7 @@ def _joint(flow, model, random_seed) -> FlowApproximation:
     if random_seed is not None:
         seeds = np.random.SeedSequence(random_seed).generate_state(len(approx.groups))
         for group, seed in zip(approx.groups, seeds, strict=True):
-            if isinstance(group, FlowGroup) and not group.seeded:
+            if isinstance(group, FlowGroup | MNFGroup) and not group.seeded:
                 group.reseed(int(seed))
     return approx
 
@@ -369,7 +386,7 @@ def _check_fit_options(kwargs, approx):
 
 
 def _options_of(group):
-    if not isinstance(group, FlowGroup) or isinstance(group.flow, Bijection):
+    if not isinstance(getattr(group, "flow", None), str):
         return []
-    family = FAMILIES.get(canonical(group.flow))
+    family = {**FAMILIES, **MATRIX_FAMILIES}.get(canonical(group.flow))
     return list(family.options) if family else []

@@ -20,6 +20,7 @@ from pytensor.graph.basic import Variable
 from pymc_flows.approximation import (
     FlowApproximation,
     FlowGroup,
+    carries_score,
     log_density_of_group,
     noise_dim,
 )
@@ -38,6 +39,7 @@ from pymc_flows.initialization import (
     gaussian_of,
 )
 from pymc_flows.log_density import compiles_slowly, has_large_matrices, has_minibatch
+from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import Pulled, Target, build_objective, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 
@@ -76,6 +78,7 @@ class Settings:
     may_grow: bool
     rate: float
     annealing: int | None
+    kl_warmup: int
     gradient: str
     initialize: bool
     patience: int
@@ -123,6 +126,9 @@ class Ladder:
         self._earlier_steps = 0
         self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
+        # networks' posteriors have no one Gaussian place to start from, and weights of W and z
+        # together are uneven though W's may not be
+        self._may_weigh = all(map(carries_score, approx.groups))
 
     def climb(self) -> None:
         """Search for a start, stop there if it is good, and train otherwise."""
@@ -134,7 +140,7 @@ class Ladder:
         good = False
         self._resumed = self._was_fitted()
         if not self._resumed:
-            if self.target is not None and settings.initialize:
+            if self.target is not None and settings.initialize and self._may_weigh:
                 with self._timed("start"):
                     good = self._initialize(self.target)
                 self._mark_as_fitted()
@@ -152,9 +158,10 @@ class Ladder:
             self._record(Run(stopped="interrupted before the first step: this is the start"))
             return
         n, rate = settings.n, settings.rate
-        self._train(step, Schedule(rate, n, self._annealing(), settings.patience), n)
+        schedule = Schedule(rate, n, self._annealing(), settings.kl_warmup, settings.patience)
+        self._train(step, schedule, n)
         self._mark_as_fitted()
-        if not self._density_is_fixed():
+        if not (self._density_is_fixed() and self._may_weigh):
             return
         try:
             self._finish(n - self.losses.size)
@@ -172,7 +179,7 @@ class Ladder:
                     group.grow(MORE_LAYERS)
             self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
-            self._train(step, Schedule(settings.rate, n_left, 0, settings.patience), n_left)
+            self._train(step, Schedule(settings.rate, n_left, window=settings.patience), n_left)
             judgement = self.judge()
         if not judgement.weighing.even:
             self._warn_of(judgement.weighing)
@@ -181,8 +188,8 @@ class Ladder:
     def go_on(self, n: int, rate: float) -> None:
         """Train further with the step, optimizer's memory and noise that there are."""
         step = self.step or self._compile_step(self.settings.n_draws)
-        self._train(step, Schedule(rate, n, 0, self.settings.patience), n)
-        if self._density_is_fixed():
+        self._train(step, Schedule(rate, n, window=self.settings.patience), n)
+        if self._density_is_fixed() and self._may_weigh:
             self._finish(0)
 
     def judge(self) -> Judgement:
@@ -225,6 +232,8 @@ class Ladder:
         """Whether a step calls the model's density, and does not have it compiled in once more."""
         # a model that JAX can't compile must not take the flow with it; nor a flow that NumPy runs the
         # model; and what takes long to compile is compiled once, for all
+        if self.settings.kl_warmup:
+            return False  # it weighs the prior apart
         interprets = self._interprets and n_draws <= FEW_DRAWS
         return target.fell_back or interprets or compiles_slowly(self.approx.model)
 
@@ -280,6 +289,7 @@ class Ladder:
                 gradient=settings.gradient,
                 split=split,
                 annealed=annealed,
+                warmed=settings.kl_warmup > 0,
                 vectorize=settings.vectorize,
                 more_params=settings.more_params,
                 more_replacements=settings.more_replacements,
@@ -552,7 +562,7 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
         if restart:
             _set_values(others, initial)
             for group in approx.groups:
-                if isinstance(group, FlowGroup):
+                if isinstance(group, FlowGroup | MNFGroup):
                     group.forget()
             approx.forget_functions()
         ladder = Ladder(approx, _varied(settings, restart), target)

@@ -98,15 +98,16 @@ def batch(
         Value variable's name to (draws, \*shape).
     vectorize : bool, optional
         Batch the graph, or scan over the draws. By default, what is faster: a scan where a draw's
-        own matrices are large, and a batch otherwise; and, with a warning, a scan where a graph
-        can't be batched.
+        own matrices are large and there are no minibatches, and a batch otherwise; and, with a warning, a
+        scan where a graph can't be batched.
     """
     first = next(iter(values.values()))
     n_draws = first.shape[0] if first.type.shape[0] is None else first.type.shape[0]
     graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
     if vectorize is None:
-        vectorize = not _has_large_matrices(graphs, replacements)
+        # a loop can't draw minibatches
+        vectorize = has_minibatch(model) or not _has_large_matrices(graphs, replacements)
     if vectorize:
         try:
             batched = vectorize_graph(graphs, replacements)
@@ -159,7 +160,7 @@ def compiles_slowly(model: Model) -> bool:
 
 def has_large_matrices(model: Model) -> bool:
     """Whether one draw's matrices fill a processor's cache, so that draws are evaluated one by one."""
-    return _has_large_matrices([model.logp()], set(model.value_vars))
+    return not has_minibatch(model) and _has_large_matrices([model.logp()], set(model.value_vars))
 
 
 def _refuse_branches(graphs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytensor
 import pytensor.tensor as pt
 from pymc.pytensorf import floatX
+from pymc.variational.opvi import NotImplementedInference
 from pytensor.graph.basic import Variable
 from pytensor.graph.replace import graph_replace
 from pytensor.tensor.variable import TensorVariable
@@ -149,6 +150,11 @@ def _in_batches(function, points, size):
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
+def _prior_and_score(approx, x, vectorize, more_replacements):
+    prior, _ = log_density(approx, x, vectorize, more_replacements)
+    return [prior, pt.grad(prior.sum(), x)]
+
+
 def _density_and_score(approx, x, vectorize, more_replacements=None, jacobian=True):
     prior, likelihood = log_density(approx, x, vectorize, more_replacements, jacobian=jacobian)
     log_p: Any = prior + likelihood
@@ -166,6 +172,10 @@ class Objective:
     temper : TensorVariable
         Power to which the model's density is raised, an input: 1 is the posterior, less is flatter
         (Rezende & Mohamed 2015, section 6.1).
+    kl_weight : TensorVariable
+        Weight of ``log q`` less the log prior, the divergence from prior to approximation, beside the
+        log likelihood, an input: 1 is the posterior's; other values only where the objective was
+        built with ``warmed``.
     x : TensorVariable
         The draws (draws, dim), unconstrained.
     density : list of TensorVariable
@@ -188,6 +198,7 @@ class Objective:
 
     noise: list[TensorVariable]
     temper: TensorVariable
+    kl_weight: TensorVariable
     x: TensorVariable
     density: list[TensorVariable]
     loss: TensorVariable
@@ -204,6 +215,7 @@ def build_objective(
     gradient: str = "stl",
     split: bool = False,
     annealed: bool = False,
+    warmed: bool = False,
     vectorize: bool | None = None,
     more_params: Sequence[Variable] = (),
     more_replacements: Mapping[Variable, Variable] | None = None,
@@ -219,13 +231,17 @@ def build_objective(
     gradient : {"stl", "reparameterization", "dreg"}, default "stl"
         ``stl``, sticking the landing, leaves out the part of the reparametrization gradient that is
         zero on average; it has no variance at all where q is the posterior (Roeder et al. 2017,
-        arXiv:1703.09194). ``dreg``, doubly reparametrized, is that of the importance-weighted
+        arXiv:1703.09194). Groups without a score (mnf) get the whole gradient, the others
+        theirs. ``dreg``, doubly reparametrized, is that of the importance-weighted
         bound over the draws (Tucker et al. 2019, arXiv:1810.04152, eq. 8).
     split : bool, default False
         Leave the model out: its log density and score are inputs.
     annealed : bool, default False
         Leave the Jacobians of the model's transforms untempered: a bounded variable's density then
         becomes flat between its bounds, and not on the whole line.
+    warmed : bool, default False
+        Let ``kl_weight`` differ from 1: less makes the likelihood count more than prior and entropy
+        together. Not with ``split``.
     vectorize : bool, optional
         Evaluate the log density of all draws as one batch, or loop over them; by default as
         :func:`pymc_flows.log_density.batch` finds faster.
@@ -234,12 +250,8 @@ def build_objective(
     more_replacements : mapping of Variable to Variable, optional
         Applied to the model's log density.
     """
-    score_q: Any = None
-    if gradient == "reparameterization":
-        noise, x, log_q = approx.draws_and_log_q(n_draws)
-    else:
-        noise, x, log_q, score_q = approx.draws_and_score(n_draws)
-    temper = pt.scalar("temper")
+    noise, x, log_q, score_q, scoreless = _draws(approx, n_draws, gradient)
+    temper, kl_weight = pt.scalar("temper"), pt.scalar("kl_weight")
     x_free = pt.matrix("x", shape=x.type.shape, dtype=x.dtype)
     inputs: list[TensorVariable] = []
 
@@ -256,6 +268,10 @@ def build_objective(
         tempered = [p + (temper - 1) * q for p, q in zip(tempered, plain, strict=True)]
     else:
         tempered = [temper * part for part in tempered]
+    if warmed:
+        prior = _prior_and_score(approx, x_free, vectorize, more_replacements)
+        tempered = [p + (kl_weight - 1) * q for p, q in zip(tempered, prior, strict=True)]
+        log_q, score_q = kl_weight * log_q, kl_weight * score_q
     placed: dict[Any, Any] = {x_free: x}
     log_p, score = graph_replace(tempered, placed, strict=False)
 
@@ -279,13 +295,29 @@ def build_objective(
         known = {x: (share**2 / scaling)[:, None] * away, log_p: -share / scaling}
     else:
         loss = pt.switch(valid, (log_q - log_p) * weight, 0).sum()
-        pull = -score if gradient == "reparameterization" else score_q - score
+        pull = score_q - score
         known = {x: pt.switch(valid[:, None], pull * weight[:, None], 0), log_p: -weight}
-        if gradient == "reparameterization":
-            known[log_q] = weight
+        if scoreless is not None:
+            known[scoreless] = kl_weight * weight if warmed else weight
     params = [*approx.params, *more_params]
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
-    return Objective(noise, temper, x, inputs, loss, log_weights, n_valid, params, gradients)
+    return Objective(
+        noise, temper, kl_weight, x, inputs, loss, log_weights, n_valid, params, gradients
+    )
+
+
+def _draws(approx, n_draws, gradient):
+    """Noise, draws and log q; the score that takes its place in the gradient, and log q where none does."""
+    if gradient == "reparameterization":
+        noise, x, log_q = approx.draws_and_log_q(n_draws)
+        return noise, x, log_q, pt.zeros_like(x), log_q
+    noise, x, log_q, score, scoreless = approx.draws_and_score(n_draws)
+    if gradient == "dreg" and scoreless is not None:
+        raise NotImplementedInference(
+            "gradient='dreg' needs groups that carry a score, which mnf groups do not: "
+            "take 'stl' or 'reparameterization'"
+        )
+    return noise, x, log_q, score, scoreless
 
 
 def _minibatch_scaling(approx, noise):

@@ -17,11 +17,14 @@ from pymc_flows.families import (
     DEFAULT_ALIASES,
     FAMILIES,
     FORMULA_LAYERS,
+    MATRIX_FAMILIES,
     UnknownFlowError,
     is_flow,
+    is_matrix_family,
     nearest,
 )
 from pymc_flows.inference import NFVI
+from pymc_flows.multiplicative import MNFGroup
 
 PYMC_METHODS = ("advi", "fullrank_advi", "svgd", "asvgd")
 _pymc_fit = inspect.unwrap(pymc_inference.fit)
@@ -46,7 +49,8 @@ def fit(
         Most steps; a fit that no longer gains ends before.
     method : str, Bijection or NFVI, default "flow"
         A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, either
-        after ``"nfvi="`` if you like, or an NFVI instance.
+        after ``"nfvi="`` if you like, or an NFVI instance. ``"mnf"`` takes the matrices among the
+        variables, and mean field the rest.
     model : Model, optional
         Taken from the context otherwise.
     random_seed : int, optional
@@ -82,10 +86,10 @@ def fit(
 @functools.wraps(_pymc_fit)
 def _fit(*args, **kwargs):
     method = inspect.signature(_pymc_fit).bind(*args, **kwargs).arguments.get("method", "advi")
-    if isinstance(method, NFVI) or is_flow(method):
+    if isinstance(method, NFVI) or is_flow(method) or is_matrix_family(method):
         return fit(*args, **kwargs)
     if isinstance(method, str) and method.lower() not in PYMC_METHODS:
-        known = [*PYMC_METHODS, *DEFAULT_ALIASES, *FAMILIES]
+        known = [*PYMC_METHODS, *DEFAULT_ALIASES, *FAMILIES, *MATRIX_FAMILIES]
         raise UnknownFlowError(
             f"unknown method {method!r}{nearest(method.lower(), known)}. Methods: "
             f"{', '.join(known)}, a formula of {', '.join(FORMULA_LAYERS)}, or an "
@@ -118,15 +122,17 @@ def register() -> None:
     """Teach ``pm.fit`` and ``pm.Group`` our names; importing pymc_flows does. Twice is once."""
     unregister()
     Group.register(FlowGroup)
+    Group.register(MNFGroup)
     Group.group_for_short_name = classmethod(_group_for_short_name)
     _set_fit(_fit)
 
 
 def unregister() -> None:
     """Leave PyMC as it was before ``import pymc_flows``; :func:`register` brings us back."""
-    for name in (FlowGroup.short_name, *FlowGroup.alias_names):
-        _names().pop(name, None)
-    _param_specs().pop(frozenset(FlowGroup.__param_spec__), None)
+    for group in (FlowGroup, MNFGroup):
+        for name in (group.short_name, *group.alias_names):
+            _names().pop(name, None)
+        _param_specs().pop(frozenset(group.__param_spec__), None)
     Group.group_for_short_name = classmethod(_pymc_group_for_short_name)
     _set_fit(_pymc_fit)
 

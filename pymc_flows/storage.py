@@ -23,6 +23,7 @@ from pymc.variational.opvi import Approximation
 from pymc_flows import bijections
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow, with_density
 from pymc_flows.families import nearest
+from pymc_flows.multiplicative import MNF, MNFGroup
 
 FORMAT, FORMAT_VERSION = "pymc_flows fit", 1
 PYMC_GROUPS = {"mean_field": MeanFieldGroup, "full_rank": FullRankGroup}
@@ -133,18 +134,30 @@ def _of_group(group, label, arrays) -> dict[str, Any]:
     saved: dict[str, Any] = {
         "variables": [rv.name for rv in group.group],
         "ordering": ordering,
-        "rng": _of_rng(group.rng, f"{label}_rng", arrays) if isinstance(group, FlowGroup) else None,
+        "rng": _of_rng(group.rng, f"{label}_rng", arrays)
+        if isinstance(group, FlowGroup | MNFGroup)
+        else None,
     }
     for name, param in group.params_dict.items():
         if not hasattr(param, "get_value"):
             raise TypeError(f"{name} must be a shared variable to be saved, got {param}")
         arrays[f"{label}_{name}"] = np.asarray(param.get_value())
     saved["params"] = {name: f"{label}_{name}" for name in group.params_dict}
+    if isinstance(group, MNFGroup):
+        arrays[f"{label}_first_loc"] = group.first_loc
+        return saved | {
+            "kind": MNF,
+            "label": label,
+            "options": _checked(group.flow_options),
+            "layers": _of_layer(group.layers, label, arrays),
+            "given": group.given,
+            "seeded": group.seeded,
+        }
     if not isinstance(group, FlowGroup):
         kinds = [kind for kind, cls in PYMC_GROUPS.items() if type(group) is cls]
         if not kinds:
             raise TypeError(
-                f"groups must be flows, mean_field or full_rank to be saved, got {group}"
+                f"groups must be flows, mnf, mean_field or full_rank to be saved, got {group}"
             )
         return saved | {"kind": kinds[0]}
     for name in ("loc", "factor", "first_loc", "start_draws"):
@@ -212,6 +225,16 @@ def _group_from(saved, arrays, model):
             group.params_dict[name].set_value(value)
         return group
     label = saved["label"]
+    if saved["kind"] == MNF:
+        group = MNFGroup(variables, model=model, options=saved["options"])
+        group.first_loc, group.given = arrays[f"{label}_first_loc"], saved["given"]
+        group.layers, group.seeded = _layer_from(saved["layers"], arrays), saved["seeded"]
+        weights = params["mnf_weights"]
+        group.shared_params = {
+            "mnf_weights": pytensor.shared(weights, "mnf_weights", shape=weights.shape)
+        }
+        group.rng = _rng_from(saved["rng"], arrays)
+        return group
     flow = saved["flow"]
     flow = flow if isinstance(flow, str) else _layer_from(flow, arrays)
     group = FlowGroup(variables, flow, model=model, options=saved["options"])

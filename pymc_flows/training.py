@@ -53,6 +53,8 @@ class Schedule:
     annealing : int, default 0
         Steps over which the model's density is raised to a power that grows from 0.01 to 1, so
         that a flow finds modes apart from its start (Rezende & Mohamed 2015, section 6.1).
+    kl_warmup : int, default 0
+        Steps over which the weight of ``log q`` less the log prior grows to 1.
     window : int, default 50
         Steps between decisions; 0 makes none, and the run takes all its steps.
     max_cuts : int, default 3
@@ -62,6 +64,7 @@ class Schedule:
     peak: float
     n_steps: int
     annealing: int = 0
+    kl_warmup: int = 0
     window: int = 50
     max_cuts: int = 3
     cut: float = field(default=1.0, init=False)
@@ -71,6 +74,15 @@ class Schedule:
     def temper(self, step: int) -> float:
         """Power of the model's density at a step, 1 once the annealing is over."""
         return min(1.0, 0.01 + step / self.annealing) if self.annealing else 1.0
+
+    def kl_weight(self, step: int) -> float:
+        """Weight of ``log q`` less the log prior at a step, 1 once the warm-up is over."""
+        return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+
+    @property
+    def changing(self) -> int:
+        """Steps whose losses are not yet the negative ELBO."""
+        return max(self.annealing, self.kl_warmup)
 
     def __call__(self, step: int) -> float:
         """Rate of step 0, 1, ..., ``n_steps - 1``."""
@@ -86,7 +98,7 @@ class Schedule:
     def observe(self, losses: np.ndarray) -> str:
         """Look at the losses so far; return why the run is over, or nothing."""
         step = losses.size
-        self._since = max(self._since, self.annealing)
+        self._since = max(self._since, self.changing)
         if not self.window or step % self.window or step - self._since < 2 * self.window:
             return ""
         recent = losses[max(self._since, step - 4 * self.window) :]
@@ -184,7 +196,15 @@ class Step:
             self.density_shapes = [d.type.shape for d in objective.density]
         self.updated = list(updates)
         self.function = compile_function(
-            [*objective.noise, *objective.density, objective.temper, rate, clip, learn],
+            [
+                *objective.noise,
+                *objective.density,
+                objective.temper,
+                objective.kl_weight,
+                rate,
+                clip,
+                learn,
+            ],
             [objective.loss, objective.n_valid, norm, ok, objective.x, objective.log_weights],
             updates=updates,
             random_seed=seed,
@@ -203,7 +223,9 @@ class Step:
             density = self.density_shapes if self.targets else []
             density = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in density]
             function(
-                *self._zeros(), *density, *(floatX(np.asarray(v)) for v in (1.0, 0.0, 0.0, 0.0))
+                *self._zeros(),
+                *density,
+                *(floatX(np.asarray(v)) for v in (1.0, 1.0, 0.0, 0.0, 0.0)),
             )
             for variable, value in zip(shared, before, strict=True):
                 variable.set_value(value)
@@ -213,7 +235,9 @@ class Step:
     def _zeros(self):
         return [np.zeros(shape, dtype=pytensor.config.floatX) for shape in self.shapes]
 
-    def __call__(self, rate: float, temper: float = 1.0) -> tuple[float, int, bool]:
+    def __call__(
+        self, rate: float, temper: float = 1.0, kl_weight: float = 1.0
+    ) -> tuple[float, int, bool]:
         """Take a step; return its loss, its number of valid draws, and whether it was accepted."""
         noise = [
             floatX(rng.standard_normal(shape))
@@ -223,7 +247,7 @@ class Step:
         t = self.n_accepted + 1
         if self.has_rate:
             rate *= math.sqrt(1 - BETA2**t) / (1 - BETA1**t)
-        loss, n_valid, norm, ok, *_ = self._call(noise, temper, rate, clip)
+        loss, n_valid, norm, ok, *_ = self._call(noise, (temper, kl_weight), rate, clip)
         accepted = bool(ok)
         if accepted:
             self.n_accepted = t
@@ -232,7 +256,7 @@ class Step:
             self.running_norm = 0.95 * self.running_norm + 0.05 * norm if known else norm
         return float(loss), int(n_valid), accepted
 
-    def _call(self, noise, temper, rate, clip, learn=1.0):
+    def _call(self, noise, powers, rate, clip, learn=1.0):
         density = []
         if self.draw is not None:
             x, _ = self.draw(*noise)
@@ -241,7 +265,7 @@ class Step:
         else:
             self.evaluations += self.n_draws
         return self.function(
-            *noise, *density, *(floatX(np.asarray(v)) for v in (temper, rate, clip, learn))
+            *noise, *density, *(floatX(np.asarray(v)) for v in (*powers, rate, clip, learn))
         )
 
     def judge(self, seed: int, n_batches: int) -> Judgement:
@@ -255,7 +279,7 @@ class Step:
         try:
             for _ in range(n_batches):
                 noise = [floatX(rng.standard_normal(shape)) for shape in self.shapes]
-                *_, x, log_weights = self._call(noise, 1.0, 0.0, 1.0, learn=0.0)
+                *_, x, log_weights = self._call(noise, (1.0, 1.0), 0.0, 1.0, learn=0.0)
                 parts.append((np.asarray(x), np.asarray(log_weights)))
         finally:
             for variable, value in zip(self.updated, memory, strict=True):
@@ -409,7 +433,9 @@ def train(
         task = progress.add_task("Fitting", total=n_steps, loss="")
         try:
             for i in range(n_steps):
-                loss, n_valid, accepted = step(schedule(i), schedule.temper(i))
+                loss, n_valid, accepted = step(
+                    schedule(i), schedule.temper(i), schedule.kl_weight(i)
+                )
                 n_taken = i + 1
                 if accepted:
                     losses[i] = loss
@@ -434,7 +460,7 @@ def train(
                     callback(approx, all_losses[:i_all] if score else None, i_all)
                 if progressbar and (n_taken % 20 == 0 or n_taken == n_steps):
                     progress.update(task, completed=n_taken, loss=trend(losses[:n_taken]))
-                if n_taken > schedule.annealing and keeper.diverged(losses[:n_taken]):
+                if n_taken > schedule.changing and keeper.diverged(losses[:n_taken]):
                     keeper.restore()
                     schedule.roll_back()
                     run.roll_backs += 1

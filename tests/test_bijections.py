@@ -24,6 +24,7 @@ from pymc_flows.bijections import (
     Affine,
     Chain,
     Coupling,
+    GatedCoupling,
     Householder,
     InverseAutoregressive,
     Loc,
@@ -71,6 +72,7 @@ def layers(dim):
         Sylvester(dim, rank=min(dim, 2)),
         Sylvester(dim, rank=(dim + 1) // 2, kind="householder"),
         Sylvester(dim, rank=dim, kind="triangular"),
+        GatedCoupling(dim, mask=tuple(i % 2 for i in range(dim)), hidden=5),
         Chain([coupling, Radial(dim), coupling, Scale(dim)]),
         Chain([Planar(dim), Loc(dim), Planar(dim)]),
     ]

@@ -35,6 +35,7 @@ from pymc_flows.families import (
     DEFAULT_FAMILY,
     FAMILIES,
     FULL_AFFINE_MAX_DIM,
+    MATRIX_FAMILIES,
     UnknownFlowError,
     build_flow,
     canonical,
@@ -291,7 +292,7 @@ def test_nearest_is_silent_where_nothing_is_near():
 
 def test_families_lists_each_with_its_options():
     table = pmf.families()
-    assert list(table.index) == list(FAMILIES)
+    assert list(table.index) == [*FAMILIES, *MATRIX_FAMILIES]
     assert table.index.name == "family"
     assert table.loc["planar", "options"] == "n_layers=16, affine=None"
     assert not table.isna().any(axis=None)

@@ -16,6 +16,7 @@ import pymc_flows as pmf
 from pymc_flows import NFVI, FlowGroup, UnknownFlowError
 from pymc_flows.bijections import Loc
 from pymc_flows.families import FAMILIES
+from pymc_flows.multiplicative import MNFGroup
 
 
 @pytest.fixture
@@ -166,6 +167,7 @@ def test_registering_twice_is_once(taken_back):
     assert pymc_state() == once
     names = {name for name, group in once["names"].items() if group is FlowGroup}
     assert names == {"flow", "nfvi", *FAMILIES}
+    assert once["names"]["mnf"] is MNFGroup
     pmf.unregister()
     assert pm.fit is inspect.unwrap(once["fits"][0])
 

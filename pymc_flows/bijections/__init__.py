@@ -1,7 +1,7 @@
 """The maths of normalizing flows, in PyTensor: layers, and chains of them. Nothing here needs PyMC."""
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
-from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
+from pymc_flows.bijections.base import Bijection, Chain, Params, flatten, normal_log_density
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import (
@@ -12,6 +12,7 @@ from pymc_flows.bijections.linear import (
     Permutation,
     Whitening,
 )
+from pymc_flows.bijections.multiplicative import GatedCoupling, Multiplicative
 from pymc_flows.bijections.planar import Planar, Radial, Sylvester
 from pymc_flows.bijections.spline import RationalQuadratic
 
@@ -22,12 +23,14 @@ __all__ = [
     "Bijection",
     "Chain",
     "Coupling",
+    "GatedCoupling",
     "Householder",
     "InverseAutoregressive",
     "Loc",
     "LowRank",
     "LowerTriangular",
     "MaskedAutoregressive",
+    "Multiplicative",
     "Params",
     "Permutation",
     "Planar",
@@ -39,4 +42,5 @@ __all__ = [
     "Transformer",
     "Whitening",
     "flatten",
+    "normal_log_density",
 ]

@@ -58,6 +58,12 @@ def flatten(weights: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(np.ravel(w) for w in weights.values())])
 
 
+def normal_log_density(z):
+    """Standard normal log density (draws,) of z (draws, dim)."""
+    constant = np.asarray(0.5 * np.log(2 * np.pi), dtype=z.dtype)
+    return -(0.5 * z**2 + constant).sum(axis=1)
+
+
 @dataclass(frozen=True)
 class Bijection(abc.ABC):
     """An invertible map from base noise to the posterior.
