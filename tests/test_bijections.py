@@ -21,8 +21,11 @@ from scipy import stats
 from pymc_flows.bijections import (
     Additive,
     Affine,
+    BlockAutoregressive,
     Chain,
+    Continuous,
     Coupling,
+    DeepSigmoidal,
     Householder,
     InverseAutoregressive,
     Loc,
@@ -33,6 +36,7 @@ from pymc_flows.bijections import (
     Planar,
     Radial,
     RationalQuadratic,
+    Residual,
     Scale,
     Tails,
     Whitening,
@@ -74,6 +78,10 @@ def slow_layers(dim):
     return [
         InverseAutoregressive(dim, transformer=spline, hidden=(3,)),
         MaskedAutoregressive(dim, transformer=spline, hidden=()),
+        InverseAutoregressive(dim, transformer=DeepSigmoidal(n_units=3), hidden=(3,)),
+        BlockAutoregressive(dim, hidden=(3, 2)),
+        Residual(dim, hidden=(2, 4)),
+        Continuous(dim, hidden=4, n_steps=40),
     ]
 
 
@@ -84,8 +92,16 @@ PLANE = [case for case in INVERTIBLE if case.dim == 2]
 LINE = [case for case in INVERTIBLE if case.dim == 1]
 THREE_DIMS = [case for case in CASES if case.dim == 3]
 
+# log-det, inverse and score of a differential equation's flow are right but for its solver's error
+SOLVER_ERRORS = {Continuous: 1e-5}
+
 over_cases = functools.partial(pytest.mark.parametrize, "bijection", ids=repr)
 over_scales = pytest.mark.parametrize("scale", SCALES)
+
+
+def solver_error(bijection):
+    """What a law may be off by, because the layer solves a differential equation; 0 for the others."""
+    return SOLVER_ERRORS.get(type(bijection), 0)
 
 
 class Result(NamedTuple):
@@ -161,14 +177,16 @@ def named(bijection, flat):
 @over_cases(argvalues=CASES)
 def test_log_det_is_the_jacobians(bijection, scale):
     result = forward(bijection, *perturbed(bijection, scale))
-    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=1e-8)
+    atol = max(1e-8, solver_error(bijection))
+    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=atol)
 
 
 @over_scales
 @over_cases(argvalues=INVERTIBLE)
 def test_log_det_of_the_inverse_is_the_jacobians(bijection, scale):
     result = inverse(bijection, *perturbed(bijection, scale))
-    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=1e-8)
+    atol = max(1e-8, solver_error(bijection))
+    assert_allclose(result.log_det, np.linalg.slogdet(result.jacobian)[1], rtol=0, atol=atol)
 
 
 @over_scales
@@ -179,7 +197,7 @@ def test_inverse_undoes_forward(bijection, scale):
     back = inverse(bijection, there.value, flat)
     # the last digits of z are lost where the map squeezes: its condition number says how many
     squeezed = np.linalg.cond(there.jacobian).max()
-    atol = max(1e-8, 1e-14 * squeezed)
+    atol = max(1e-8, 1e-14 * squeezed, solver_error(bijection) * squeezed)
     assert_allclose(back.value, z, rtol=0, atol=atol)
     assert_allclose(back.log_det, -there.log_det, rtol=0, atol=atol)
 
@@ -211,7 +229,8 @@ def test_the_score_goes_by_the_inverse_transpose_of_the_jacobian(bijection, scal
     assert_allclose(x, result.value, rtol=1e-12, atol=1e-12)
     assert_allclose(log_det, result.log_det, rtol=1e-12, atol=1e-12)
     size = np.abs(expected).max()
-    assert_allclose(carried, expected[..., 0], rtol=1e-7, atol=1e-9 * max(1, size))
+    atol = max(1e-9, solver_error(bijection)) * max(1, size)
+    assert_allclose(carried, expected[..., 0], rtol=1e-7, atol=atol)
 
 
 @over_cases(argvalues=[case for case in CASES if not case.invertible])

@@ -2,18 +2,24 @@
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
+from pymc_flows.bijections.continuous import Continuous
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
+from pymc_flows.bijections.neural import BlockAutoregressive, DeepSigmoidal
 from pymc_flows.bijections.planar import Planar, Radial
+from pymc_flows.bijections.residual import Residual
 from pymc_flows.bijections.spline import RationalQuadratic
 
 __all__ = [
     "Additive",
     "Affine",
     "Bijection",
+    "BlockAutoregressive",
     "Chain",
+    "Continuous",
     "Coupling",
+    "DeepSigmoidal",
     "Householder",
     "InverseAutoregressive",
     "Loc",
@@ -24,6 +30,7 @@ __all__ = [
     "Planar",
     "Radial",
     "RationalQuadratic",
+    "Residual",
     "Scale",
     "Tails",
     "Transformer",
