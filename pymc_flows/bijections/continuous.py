@@ -8,7 +8,7 @@ import numpy as np
 import pytensor
 import pytensor.tensor as pt
 
-from pymc_flows.bijections.base import Bijection, Params
+from pymc_flows.bijections.base import Bijection
 from pymc_flows.bijections.residual import contract
 
 
@@ -61,10 +61,10 @@ class Continuous(Bijection):
             "w1": np.zeros((self.hidden, self.dim)),
         }
 
-    def _rates(self, time, params, z, score=None):
+    def _rates(self, time, weights, z, score=None):
         """Rates of z, of the log-det, and of the score where there is one."""
-        w0, w1 = contract([params["w0"], params["w1"]], self.lipschitz)
-        units = pt.tanh(z @ w0 + params["b"] + time * params["c"])
+        w0, w1, b, c = weights
+        units = pt.tanh(z @ w0 + b + time * c)
         slopes = 1 - units**2
         shares = (w0.T * w1).sum(axis=1)
         rates = [units @ w1, (slopes * shares).sum(axis=1)]
@@ -79,9 +79,11 @@ class Continuous(Bijection):
         step = np.asarray((-1 if backwards else 1) / self.n_steps, dtype=z.dtype)
         times = np.linspace(0, 1, self.n_steps, endpoint=False, dtype=z.dtype)
 
+        # before the loop, which would do it again at every step
+        matrices = contract([params["w0"], params["w1"]], self.lipschitz)
+
         def runge_kutta(time, *args):
-            *state, flat = args
-            weights = Params(flat, self.weight_shapes)
+            state, weights = args[: len(start)], args[len(start) :]
 
             def rates(share, earlier=None):
                 moved = state
@@ -103,7 +105,7 @@ class Continuous(Bijection):
             runge_kutta,
             sequences=[pt.constant(1 - times if backwards else times)],
             outputs_info=start,
-            non_sequences=[params.flat],
+            non_sequences=[*matrices, params["b"], params["c"]],
             strict=True,
             return_updates=False,
         )

@@ -104,13 +104,13 @@ class Residual(Bijection):
         By fixed-point iteration (Behrmann et al. 2019, algorithm 1), as long as the Lipschitz constant
         asks for at worst. First derivatives are exact.
         """
-
-        def step(z, x, flat):
-            weights = Params(flat, self.weight_shapes)
-            return x - self._g(z, self._matrices(weights), weights)[0]
-
-        root = disconnected_grad(fixed_point(step, x, [x, params.flat], self.lipschitz))
         matrices = self._matrices(params)
+
+        def step(z, x, flat, *matrices):
+            return x - self._g(z, matrices, Params(flat, self.weight_shapes))[0]
+
+        others = [x, params.flat, *matrices]
+        root = disconnected_grad(fixed_point(step, x, others, self.lipschitz))
         value, _, rest = self._map(root, matrices, params)
         # one step of Newton's, which has the derivatives that the root's implicit function has
         z = root + self._solve(matrices[0], rest, x - value, transposed=True)
