@@ -358,7 +358,7 @@ def residual(
 def cnf(
     dim: int,
     *,
-    n_layers: int = 2,
+    n_layers: int = 1,
     hidden: int = 32,
     n_steps: int = 16,
     lipschitz: float = 4.0,
@@ -372,7 +372,7 @@ def cnf(
     ----------
     dim : int
         Number of dimensions.
-    n_layers : int, default 2
+    n_layers : int, default 1
         Number of equations, one after the other.
     hidden : int, default 32
         Units of the velocities' hidden layer.
