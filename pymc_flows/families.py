@@ -15,8 +15,11 @@ from pymc_flows.bijections import (
     Additive,
     Affine,
     Bijection,
+    BlockAutoregressive,
     Chain,
+    Continuous,
     Coupling,
+    DeepSigmoidal,
     GatedCoupling,
     Householder,
     InverseAutoregressive,
@@ -29,6 +32,7 @@ from pymc_flows.bijections import (
     Planar,
     Radial,
     RationalQuadratic,
+    Residual,
     Scale,
     Sylvester,
     Tails,
@@ -338,6 +342,120 @@ def sylvester(
     return Chain(layers * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 
+def naf(
+    dim: int,
+    *,
+    n_layers: int = 2,
+    hidden: Iterable[int] = (32, 32),
+    n_units: int = 8,
+    affine: str | None = None,
+) -> Chain:
+    """Mixtures of sigmoids of each element by those before it (Huang et al. 2018, arXiv:1804.00779).
+
+    Draws in one pass; the density of other points takes a search for roots a dimension.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 2
+        Number of layers; the order of the elements alternates.
+    hidden : iterable of int, default (32, 32)
+        Width of each hidden layer of the masked conditioners.
+    n_units : int, default 8
+        Sigmoids of each element.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    sigmoids = DeepSigmoidal(_at_least_one(n_units=n_units))
+    layer = InverseAutoregressive(dim, sigmoids, _widths(hidden))
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def bnaf(
+    dim: int, *, n_layers: int = 2, hidden: Iterable[int] = (8,), affine: str | None = None
+) -> Chain:
+    """Block-triangular monotone networks (De Cao et al. 2019, arXiv:1904.04676), then an affine map.
+
+    Draws in one pass; the density of other points takes a search for roots a dimension.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 2
+        Number of networks; the order of the elements alternates.
+    hidden : iterable of int, default (8,)
+        Units of each hidden layer for every dimension.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    layer = BlockAutoregressive(dim, _widths(hidden))
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def residual(
+    dim: int,
+    *,
+    n_layers: int = 8,
+    hidden: Iterable[int] = (32,),
+    lipschitz: float = 0.9,
+    affine: str | None = None,
+) -> Chain:
+    """The identity plus contractions (Chen et al. 2019, arXiv:1906.02735), then an affine map.
+
+    Draws in one pass, with a determinant as wide as the first hidden layer or ``dim``, whichever is
+    less; the density of other points takes fixed-point iterations.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 8
+        Number of residual layers.
+    hidden : iterable of int, default (32,)
+        Width of each hidden layer of the contractions.
+    lipschitz : float, default 0.9
+        Bound of the contractions' Lipschitz constants, below 1.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    layer = Residual(dim, _widths(hidden), lipschitz)
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
+def cnf(
+    dim: int,
+    *,
+    n_layers: int = 1,
+    hidden: int = 32,
+    n_steps: int = 16,
+    lipschitz: float = 4.0,
+    affine: str | None = None,
+) -> Chain:
+    """Flows of differential equations (Grathwohl et al. 2019, arXiv:1810.01367), then an affine map.
+
+    Draws and the density of other points take ``4 n_steps`` passes a layer.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    n_layers : int, default 1
+        Number of equations, one after the other.
+    hidden : int, default 32
+        Units of the velocities' hidden layer.
+    n_steps : int, default 16
+        Runge-Kutta steps of each.
+    lipschitz : float, default 4
+        Bound of the velocities' Lipschitz constants.
+    affine : {"full", "low_rank", "diagonal"}, optional
+        The last, affine map, as in :func:`planar`.
+    """
+    layer = Continuous(dim, _at_least_one(hidden=hidden), _at_least_one(n_steps=n_steps), lipschitz)
+    return Chain([layer] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
+
+
 def mnf(
     shape: tuple[int, int],
     *,
@@ -469,6 +587,12 @@ FAMILIES: dict[str, Family] = {
     "glow": Family(glow, "Kingma & Dhariwal 2018", "one pass", "curved in mixed directions"),
     "sylvester": Family(
         sylvester, "van den Berg et al. 2018", "no inverse", "bends in many directions"
+    ),
+    "naf": Family(naf, "Huang et al. 2018", "root finding", "mixtures, few dimensions"),
+    "bnaf": Family(bnaf, "De Cao et al. 2019", "root finding", "bent, few dimensions"),
+    "residual": Family(residual, "Chen et al. 2019", "fixed point", "bent all over"),
+    "cnf": Family(
+        cnf, "Grathwohl et al. 2019", "one integration", "smooth, curved", "one integration"
     ),
 }
 

@@ -13,8 +13,11 @@ from pymc_flows.bijections import (
     LU,
     Additive,
     Affine,
+    BlockAutoregressive,
     Chain,
+    Continuous,
     Coupling,
+    DeepSigmoidal,
     Householder,
     InverseAutoregressive,
     Loc,
@@ -25,6 +28,7 @@ from pymc_flows.bijections import (
     Permutation,
     Planar,
     Radial,
+    Residual,
     Scale,
     Sylvester,
     Tails,
@@ -55,6 +59,10 @@ RECIPES = {
     "nsf_autoregressive": [InverseAutoregressive] * 2 + [LowerTriangular],
     "iaf": [InverseAutoregressive] * 2 + [LowerTriangular],
     "maf": [MaskedAutoregressive] * 2 + [LowerTriangular],
+    "naf": [InverseAutoregressive] * 2 + [LowerTriangular],
+    "bnaf": [BlockAutoregressive] * 2 + [LowerTriangular],
+    "residual": [Residual] * 2 + [LowerTriangular],
+    "cnf": [Continuous] * 2 + [LowerTriangular],
     "flow": [Coupling] * 2 + [LowerTriangular, Tails],
     "glow": [Scale, Loc, LU, Coupling] * 2 + [LowerTriangular],
     "sylvester": [Sylvester] * 2 + [LowerTriangular],
@@ -91,6 +99,47 @@ def test_hidden_sets_the_widths_and_the_family_the_transformer(name, transformer
     coupling = build_flow(name, 4, {"n_layers": 1, "hidden": [5, np.int64(7)]}).layers[0]
     assert coupling.transformer == transformer
     assert coupling.hidden == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        (
+            "naf",
+            {"hidden": [5], "n_units": 3},
+            InverseAutoregressive(4, DeepSigmoidal(n_units=3), hidden=(5,)),
+        ),
+        ("bnaf", {"hidden": [3, 2]}, BlockAutoregressive(4, hidden=(3, 2))),
+        (
+            "residual",
+            {"hidden": [6, 5], "lipschitz": 0.5},
+            Residual(4, hidden=(6, 5), lipschitz=0.5),
+        ),
+        (
+            "cnf",
+            {"hidden": 7, "n_steps": 3, "lipschitz": 2.0},
+            Continuous(4, hidden=7, n_steps=3, lipschitz=2.0),
+        ),
+    ],
+)
+def test_options_of_the_neural_families_reach_their_layers(name, options, layer):
+    assert build_flow(name, 4, {"n_layers": 1, **options}).layers[0] == layer
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("naf", {"n_units": 0}, "n_units must be a whole number of at least 1, got 0"),
+        ("bnaf", {"hidden": ()}, r"hidden must be widths of at least 1, one or more, got \(\)"),
+        ("residual", {"hidden": ()}, r"hidden must be widths of at least 1, one or more, got \(\)"),
+        ("residual", {"lipschitz": 1.0}, "lipschitz must be between 0 and 1, got 1.0"),
+        ("cnf", {"n_steps": 0}, "n_steps must be a whole number of at least 1, got 0"),
+        ("cnf", {"lipschitz": -1.0}, "lipschitz must be positive and finite, got -1.0"),
+    ],
+)
+def test_impossible_values_of_the_neural_families_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_flow(name, 3, options)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -2,6 +2,7 @@
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten, normal_log_density
+from pymc_flows.bijections.continuous import Continuous
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import (
@@ -13,7 +14,9 @@ from pymc_flows.bijections.linear import (
     Whitening,
 )
 from pymc_flows.bijections.multiplicative import GatedCoupling, Multiplicative
+from pymc_flows.bijections.neural import BlockAutoregressive, DeepSigmoidal
 from pymc_flows.bijections.planar import Planar, Radial, Sylvester
+from pymc_flows.bijections.residual import Residual
 from pymc_flows.bijections.spline import RationalQuadratic
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "Additive",
     "Affine",
     "Bijection",
+    "BlockAutoregressive",
     "Chain",
+    "Continuous",
     "Coupling",
+    "DeepSigmoidal",
     "GatedCoupling",
     "Householder",
     "InverseAutoregressive",
@@ -36,6 +42,7 @@ __all__ = [
     "Planar",
     "Radial",
     "RationalQuadratic",
+    "Residual",
     "Scale",
     "Sylvester",
     "Tails",

@@ -132,21 +132,30 @@ class InverseAutoregressive(_Masked):
         slope, bend = self.transformer.slope_and_bend(z, raw)
         if self.dim == 1:
             return x, log_det, (score - bend) / slope
-        across = self._jacobian(z, weights)
-        score = score - bend - (across * pt.grad(log_det.sum(), raw)[:, None]).sum(axis=(2, 3))
-        # [draw, i, j] is the slope of x_j along z_i: nothing where j comes before i
-        jacobian = (across * pt.grad(x.sum(), raw)[:, None]).sum(axis=2)
-        jacobian = jacobian + pt.eye(self.dim, dtype=z.dtype) * slope[:, None]
+        score = score - pt.grad(log_det.sum(), z)
+        jacobian = self._jacobian(z, weights, pt.grad(x.sum(), raw))
+        jacobian = jacobian + np.eye(self.dim).astype(z.dtype) * slope[:, None]
         carried = solve_triangular(jacobian, score, lower=False, b_ndim=1)
         return x[:, ::-1], log_det, carried[:, ::-1]
 
-    def _jacobian(self, z, weights):
-        """Slopes (draws, dim, n_params, dim) of the raw parameters, along each element of z."""
+    def _jacobian(self, z, weights, slopes):
+        """Slopes (draws, dim, dim) of x_j along z_i through the raw parameters.
+
+        ``slopes`` (draws, n_params, dim) are those of x by them. They meet the output layer's weights
+        before the sum over its inputs: no array is as large as dim x n_params x dim.
+        """
         *hidden, _ = self._layers(z, weights)
-        along = pt.zeros_like(z)[:, :, None] + weights["w0"]
-        for i, units in enumerate(hidden[1:]):
+        along = weights["w0"][None] if self.hidden else None
+        for i, units in enumerate(hidden[1:-1]):
             along = (along * (1 - units**2)[:, None]) @ weights[f"w{i + 1}"]
-        return along.reshape((-1, self.dim, self.transformer.n_params, self.dim))
+        last = weights[f"w{len(self.hidden)}"]
+        shape = (-1, self.transformer.n_params, self.dim)
+        # [j, draw, unit]: the slope of x_j by a unit
+        by_unit = slopes.transpose(2, 0, 1) @ last.reshape(shape).transpose(2, 1, 0)
+        by_unit = by_unit.transpose(1, 2, 0)
+        if not self.hidden:
+            return by_unit
+        return (along * (1 - hidden[-1] ** 2)[:, None]) @ by_unit
 
 
 @dataclass(frozen=True)
