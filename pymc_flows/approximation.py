@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,12 @@ from pymc.backends.ndarray import NDArray
 from pymc.initial_point import make_initial_point_fn
 from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.pytensorf import floatX, replace_vars_in_graphs
-from pymc.util import _get_seeds_per_chain, get_untransformed_name, is_transformed_name
+from pymc.util import (
+    _get_seeds_per_chain,
+    get_untransformed_name,
+    is_transformed_name,
+    makeiter,
+)
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import (
     Approximation,
@@ -25,24 +30,30 @@ from pymc.variational.opvi import (
     NotImplementedInference,
     ParametrizationError,
     VIState,
+    _known_scan_ignored_inputs,
     node_property,
 )
 from pytensor.graph.replace import graph_replace, vectorize_graph
 from xarray import Dataset, DataTree
 
 from pymc_flows.bijections import (
+    Base,
     Bijection,
     Chain,
+    Mixture,
     Params,
+    StandardNormal,
     Tails,
     Whitening,
     flatten,
+    normal_log_density,
 )
 from pymc_flows.compilation import compile_function
 from pymc_flows.families import (
     DEFAULT_FAMILY,
     FAMILIES,
     UnknownFlowError,
+    build_base,
     build_flow,
     canonical,
     check_flow,
@@ -52,7 +63,7 @@ from pymc_flows.log_density import batch, has_minibatch, log_density, value_slic
 from pymc_flows.noncentering import Noncentering, find_noncentering
 
 # what a flow is and where it stands, beside the values of its parameters
-_STATE = ("layers", "noncentering", "loc", "factor", "shared_params", "fitted")
+_STATE = ("base", "layers", "noncentering", "loc", "factor", "shared_params", "fitted")
 MOMENT_DRAWS = 8192
 CHUNK_DRAWS = 1000
 CHUNK_ELEMENTS = 2**24
@@ -95,6 +106,7 @@ class FlowGroup(Group):
     __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
     short_name = "flow"
     alias_names = frozenset({"nfvi", *FAMILIES} - {"flow"})
+    symbolic_initial: Any
 
     def __init__(
         self,
@@ -135,12 +147,20 @@ class FlowGroup(Group):
             self.first_loc,
             np.ones(self.ddim),
             build_flow(self.flow, self.ddim, self.flow_options),
+            build_base(self.ddim, self.flow_options),
         )
-        if not self._check_user_params(spec_kw={"n": self.bijection.n_weights}):
+        n_weights = self.base.n_weights + self.bijection.n_weights
+        if not self._check_user_params(spec_kw={"n": n_weights}):
             self.shared_params = self._initial_weights()
         self._finalize_init()
 
-    def place(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+    def place(
+        self,
+        loc: np.ndarray,
+        factor: np.ndarray,
+        layers: Bijection | None = None,
+        base: Base | None = None,
+    ) -> None:
         """Put the flow, or another one, its weights still to be set, inside a new fixed affine map.
 
         Parameters
@@ -149,9 +169,17 @@ class FlowGroup(Group):
             As in :class:`pymc_flows.bijections.Whitening`.
         layers : Bijection, optional
             Take the place of the present ones, which keep their weights otherwise.
+        base : Base, optional
+            Takes the place of the present one, likewise.
         """
         if layers is not None:
             self.layers = layers
+        if base is not None:
+            self.base = base
+        if self.symbolic_initial.type.shape[1] != self.noise_dim:
+            self.symbolic_initial = pt.matrix(
+                self.symbolic_initial.name, shape=(None, self.noise_dim)
+            )
         # in C's order, as a file gives them back: sums over rows are rounded by their order
         loc, factor = np.ascontiguousarray(loc), np.ascontiguousarray(factor)
         self.loc, self.factor = loc, factor
@@ -167,7 +195,7 @@ class FlowGroup(Group):
             first = [self.layers]
         if self.noncentering is not None:
             last.append(self.noncentering)
-        self.bijection: Bijection = Chain([*first, *last])
+        self.bijection = Chain([*first, *last])
         cached = self.__dict__.pop("_cache", {})  # what was written down with the old map
         if taken := [name for name in ("mean", "cov", "std") if cached.get(name)]:
             warnings.warn(
@@ -178,9 +206,15 @@ class FlowGroup(Group):
                 stacklevel=6,
             )
 
-    def restart(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+    def restart(
+        self,
+        loc: np.ndarray,
+        factor: np.ndarray,
+        layers: Bijection | None = None,
+        base: Base | None = None,
+    ) -> None:
         """As :meth:`place`, with weights drawn anew."""
-        self.place(loc, factor, layers)
+        self.place(loc, factor, layers, base)
         if self.shared_params is None:
             return
         weights = self._initial_weights()["weights"]
@@ -196,7 +230,8 @@ class FlowGroup(Group):
         if self.noncentering is not None:
             self.noncentering = replace(self.noncentering, start=Noncentering.start)
         self.fitted = False
-        self.restart(self.first_loc, np.ones(self.ddim))
+        base = build_base(self.ddim, self.flow_options)
+        self.restart(self.first_loc, np.ones(self.ddim), base=base)
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the flow as it is; calling what is returned brings it back."""
@@ -219,12 +254,54 @@ class FlowGroup(Group):
         more = Chain([first] * n_layers + list(self.layers.layers))
         self.restart(self.loc, self.factor, more)
         grown = self.shared_params["weights"].get_value()
-        grown[grown.size - weights.size :] = weights
+        n_base = self.base.n_weights
+        grown[:n_base] = weights[:n_base]
+        grown[grown.size - weights.size + n_base :] = weights[n_base:]
         self.shared_params["weights"].set_value(grown)
+
+    def put_components(self, gaussians: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Put the components of a mixture base where the flow makes given Gaussians of them.
+
+        The flow is taken as linear, which it is, or nearly, before it is trained; the layer that
+        reads the model's graph is left out.
+
+        Parameters
+        ----------
+        gaussians : sequence of tuple of ndarray
+            Location (dim,) and factor, (dim,) or (dim, dim), of each, the first the most important.
+            Where there are more components than these, they share them, moved apart.
+        """
+        base, weights = self.base, self.shared_params["weights"].get_value()
+        assert isinstance(base, Mixture)
+        middle, slopes = self._linearised(weights[base.n_weights :])
+        rng = np.random.default_rng(0)
+        locs, factors = [], []
+        for k in range(base.n_components):
+            loc, factor = gaussians[k % len(gaussians)]
+            factor = np.diag(factor) if factor.ndim == 1 else factor
+            if k >= len(gaussians):
+                loc = loc + 0.3 * factor @ rng.normal(size=loc.size)
+            locs.append(np.linalg.solve(slopes, loc - middle))
+            upper = np.linalg.qr(np.linalg.solve(slopes, factor).T, mode="r")
+            factors.append(upper.T * np.sign(np.diagonal(upper)))
+        weights[: base.n_weights] = flatten(base.weights(np.array(locs), np.array(factors)))
+        self.shared_params["weights"].set_value(weights)
+
+    def _linearised(self, weights):
+        """Image (dim,) of the origin, and slopes (dim, dim) there, of all but the model's own layer."""
+        layers = self.bijection.layers if self.noncentering is None else self.bijection.layers[:-1]
+        chain, steps = Chain(layers), np.eye(self.ddim)
+        points = floatX(np.concatenate([steps, -steps, 0 * steps[:1]]))
+        params = Params(pt.constant(weights[: chain.n_weights]), chain.weight_shapes)
+        x, _ = chain.forward(pt.constant(points), params)
+        x = pytensor.function([], x, mode="FAST_COMPILE")()
+        return x[-1], (x[: self.ddim] - x[self.ddim : -1]).T / 2
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
-        weights = floatX(flatten(self.bijection.init(rng)))
+        # the base's come first
+        weights = [flatten(part.init(rng)) for part in (self.base, self.bijection)]
+        weights = floatX(np.concatenate(weights))
         return {"weights": pytensor.shared(weights, "weights", shape=weights.shape)}
 
     def reseed(self, random_seed):
@@ -284,18 +361,57 @@ class FlowGroup(Group):
         return isinstance(self.flow, str) and canonical(self.flow) == DEFAULT_FAMILY
 
     @property
+    def noise_dim(self) -> int:
+        """Columns of standard normal noise that draws are made from, the dim or more."""
+        return self.base.noise_dim
+
+    @property
     def _params(self):
-        return Params(self.params_dict["weights"], self.bijection.weight_shapes)
+        weights = self.params_dict["weights"][self.base.n_weights :]
+        return Params(weights, self.bijection.weight_shapes)
+
+    @property
+    def _base_params(self):
+        weights = self.params_dict["weights"][: self.base.n_weights]
+        return Params(weights, self.base.weight_shapes)
 
     def draws_and_log_q(self, noise):
-        """Draws x (draws, dim) made from noise (draws, dim), and their log density (draws,)."""
-        x, log_det = self.bijection.forward(noise, self._params)
-        return x, normal_log_density(noise) - log_det
+        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log density (draws,)."""
+        z, log_base = self.base.forward(noise, self._base_params)
+        x, log_det = self.bijection.forward(z, self._params)
+        return x, log_base - log_det
 
     def draws_and_score(self, noise):
         """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
-        x, log_det, score = self.bijection.carry_score(noise, -noise, self._params)
-        return x, normal_log_density(noise) - log_det, score
+        z, log_base = self.base.forward(noise, self._base_params)
+        score = self.base.score(z, self._base_params)
+        x, log_det, score = self.bijection.carry_score(z, score, self._params)
+        return x, log_base - log_det, score
+
+    def map_base(self, z):
+        """X (draws, dim) that z (draws, dim) of the base becomes, log q (draws,), and log base."""
+        log_base = self.base.log_density(z, self._base_params)
+        x, log_det = self.bijection.forward(z, self._params)
+        return x, log_base - log_det, log_base
+
+    def log_choice(self, noise):
+        """Log probability (draws,) of what draws are not differentiable in; None if there is none."""
+        z, _ = self.base.forward(noise, self._base_params)
+        return self.base.log_choice(z, self._base_params)
+
+    def _new_initial_shape(self, size, dim, more_replacements=None):
+        return pt.stack([size, self.noise_dim])
+
+    def symbolic_sample_over_posterior(self, node):
+        """PyMC's, where noise need not be as wide as draws."""
+        node = self.to_flat_input(node)
+        random = self.symbolic_random.astype(self.symbolic_initial.dtype)
+        return pytensor.scan(
+            lambda draw, *_: graph_replace(node, {self.input: draw}, strict=False),
+            pt.specify_shape(random, (None, self.ddim)),
+            non_sequences=_known_scan_ignored_inputs(makeiter(random)),
+            return_updates=False,
+        )
 
     @node_property
     def _mapped(self):
@@ -324,7 +440,7 @@ class FlowGroup(Group):
                 )
             )
         z, log_det = self.bijection.inverse(x, self._params)
-        return normal_log_density(z) + log_det
+        return self.base.log_density(z, self._base_params) + log_det
 
     @node_property
     def _moment_draws(self):
@@ -332,7 +448,7 @@ class FlowGroup(Group):
 
         # fixed quasi-random noise: moments repeat, and follow the weights while they train
         n_draws = 2 ** int(np.log2(np.clip(2**22 // self.ddim, 256, MOMENT_DRAWS)))
-        noise = qmc.MultivariateNormalQMC(np.zeros(self.ddim), rng=np.random.default_rng(0))
+        noise = qmc.MultivariateNormalQMC(np.zeros(self.noise_dim), rng=np.random.default_rng(0))
         return self.draws_and_log_q(pt.constant(floatX(noise.random(n_draws))))[0]
 
     @node_property
@@ -357,15 +473,14 @@ class FlowGroup(Group):
         return FlowApproximation([self], model=self.model).state
 
 
+def is_normal(group: Group) -> bool:
+    """Whether a group's draws are a map of standard normal noise of its own dim."""
+    return not isinstance(group, FlowGroup) or isinstance(group.base, StandardNormal)
+
+
 def noise_dim(group: Group) -> int:
     """Columns of base noise that draws of a group are made from: its own ``noise_dim``, or its dim."""
     return getattr(group, "noise_dim", group.ddim)
-
-
-def normal_log_density(z):
-    """Standard normal log density (draws,) of z (draws, dim)."""
-    constant = np.asarray(0.5 * np.log(2 * np.pi), dtype=z.dtype)
-    return -(0.5 * z**2 + constant).sum(axis=1)
 
 
 class FlowApproximation(Approximation):
@@ -421,6 +536,42 @@ class FlowApproximation(Approximation):
         noise = self._symbolic_noise(n_draws)
         xs, log_qs, scores = zip(*map(_draws_and_score_of_group, self.groups, noise), strict=True)
         return noise, self._joined(xs, n_draws), sum(log_qs), self._joined(scores, n_draws)
+
+    def log_choice(self, noise):
+        """Log probability (draws,) of what the draws of noise are not differentiable in, or None.
+
+        Parameters
+        ----------
+        noise : list of TensorVariable
+            As :meth:`draws_and_log_q` gives it.
+        """
+        found = [
+            group.log_choice(z)
+            for group, z in zip(self.groups, noise, strict=True)
+            if isinstance(group, FlowGroup)
+        ]
+        found = [log_choice for log_choice in found if log_choice is not None]
+        return sum(found) if found else None
+
+    def map_base(self, zs):
+        """Points x (draws, dim) made from points of each group's base space, and two log densities.
+
+        Parameters
+        ----------
+        zs : list of TensorVariable
+            (draws, dim of the group), one for each group.
+
+        Returns
+        -------
+        x : TensorVariable
+            (draws, dim), unconstrained, in the groups' order.
+        log_q, log_base : TensorVariable
+            (draws,), of x, and of the zs under the groups' bases, in nats.
+        """
+        found = [_map_base_of_group(group, z) for group, z in zip(self.groups, zs, strict=True)]
+        xs, log_qs, log_bases = zip(*found, strict=True)
+        x = xs[0] if len(xs) == 1 else pt.concatenate(xs, axis=1)
+        return x, sum(log_qs), sum(log_bases)
 
     def _symbolic_noise(self, n_draws):
         return [pt.matrix(shape=(n_draws, noise_dim(group))) for group in self.groups]
@@ -645,9 +796,13 @@ class FlowApproximation(Approximation):
             log_q = log_q - log_jacobian
         # constructing the graph may draw on data types wider than the inputs, never narrower
         zeros = [np.zeros(r.type.shape, dtype=r.dtype) for r in rows]
-        function = compile_function(
-            rows, [log_q], backend=self.backend, trial=lambda compiled: compiled(*zeros)
-        )
+
+        def trial(compiled):
+            # zeros may lie outside a variable's support, which is no fault
+            with np.errstate(all="ignore"):
+                compiled(*zeros)
+
+        function = compile_function(rows, [log_q], backend=self.backend, trial=trial)
         self._functions[key] = function
         return function
 
@@ -768,6 +923,12 @@ def _draws_of_group(group, noise):
     return graph_replace(
         [group.symbolic_random, group.symbolic_logq], {group.symbolic_initial: noise}, strict=False
     )
+
+
+def _map_base_of_group(group, z):
+    if isinstance(group, FlowGroup):
+        return group.map_base(z)
+    return *_draws_of_group(group, z), normal_log_density(z)
 
 
 def _draws_and_score_of_group(group, noise):

@@ -13,6 +13,7 @@ import numpy as np
 from pymc_flows.bijections import (
     Additive,
     Affine,
+    Base,
     Bijection,
     Chain,
     Coupling,
@@ -21,15 +22,20 @@ from pymc_flows.bijections import (
     Loc,
     LowerTriangular,
     MaskedAutoregressive,
+    Mixture,
     Planar,
     Radial,
     RationalQuadratic,
     Scale,
+    StandardNormal,
+    StudentT,
     Tails,
 )
 
 DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
+# from here on the components of a mixture have scales only
+FULL_MIXTURE_MAX_DIM = 50
 
 
 class UnknownFlowError(KeyError, ValueError):
@@ -350,8 +356,9 @@ FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
 }
 
 DEFAULT_ALIASES = ("nfvi",)
-# options that every flow has, because they concern the model and not the flow
-MODEL_OPTIONS = ("noncentering",)
+# options that every flow has, because they concern the model, or what the flow bends, and not the flow
+MODEL_OPTIONS = ("noncentering", "base", "n_components")
+BASES = ("normal", "student_t", "mixture")
 
 
 def families():
@@ -425,6 +432,36 @@ def build_flow(
     if name in FAMILIES:
         return FAMILIES[name].build(dim, **options)
     return Chain([FORMULA_LAYERS[layer](dim) for layer in parse_formula(name)])
+
+
+def build_base(dim: int, options: Mapping[str, Any] | None = None) -> Base:
+    """Make the base distribution that the options of any flow ask for.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    options : mapping, optional
+        Of these, ``base`` is ``"normal"`` (the default), ``"student_t"`` or ``"mixture"``, and
+        ``n_components``, by default 4, the number of the mixture's Gaussians. The others are ignored.
+
+    Raises
+    ------
+    ValueError
+        If the base does not exist, ``n_components`` is not a whole number of at least 1, or is
+        given without a mixture.
+    """
+    options = options or {}
+    kind, n_components = options.get("base", "normal"), options.get("n_components")
+    if kind not in BASES:
+        near = nearest(str(kind), BASES)
+        raise ValueError(f"base must be one of {', '.join(BASES)}, got {kind!r}{near}")
+    if kind == "mixture":
+        n_components = _at_least_one(n_components=4 if n_components is None else n_components)
+        return Mixture(dim, n_components, full=dim <= FULL_MIXTURE_MAX_DIM)
+    if n_components is not None:
+        raise ValueError(f"n_components is an option of base='mixture', got base={kind!r}")
+    return StudentT(dim) if kind == "student_t" else StandardNormal(dim)
 
 
 def canonical(flow: str) -> str:

@@ -7,7 +7,7 @@ compiled function serves the whole start.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -102,10 +102,13 @@ class Start:
         The best.
     modes : ndarray
         (modes, dim), where climbs from several points ended, apart from each other.
+    local : list of Gaussian
+        One about each mode, where there are several.
     """
 
     gaussian: Gaussian
     modes: np.ndarray
+    local: list[Gaussian] = field(default_factory=list)
 
 
 class NoStartError(ValueError):
@@ -164,18 +167,20 @@ def find_start(
     settled = [settle(target, g, rng) for g in found[:n_settled]]
     gaussian = _best(target, [*settled, found[0]], rng)
     modes = climb.modes(gaussian)
+    local: list[Gaussian] = []
     if len(modes) > 1:
         # a spike is none: what counts is the mass about it
         noise = balanced_noise(rng, 64, initial.size)
         local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
         enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
-        modes = np.array([mode for mode, g in zip(modes, local, strict=True) if g.elbo > enough])
+        kept = [g.elbo > enough for g in local]
+        modes, local = modes[kept], [g for g, keep in zip(local, kept, strict=True) if keep]
     if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
         broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
-    return Start(gaussian, modes if len(modes) else gaussian.loc[None])
+    return Start(gaussian, modes if len(modes) else gaussian.loc[None], local)
 
 
 def about(target: Density, mode: np.ndarray, like: Gaussian) -> Gaussian:

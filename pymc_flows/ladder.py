@@ -20,17 +20,20 @@ from pytensor.graph.basic import Variable
 from pymc_flows.approximation import (
     FlowApproximation,
     FlowGroup,
+    is_normal,
     log_density_of_group,
     noise_dim,
 )
+from pymc_flows.bijections import Mixture
 from pymc_flows.compilation import prefers_jax
-from pymc_flows.families import affine_map
+from pymc_flows.families import affine_map, build_base
 from pymc_flows.importance import Weighing
 from pymc_flows.initialization import (
     Gaussian,
     NoStartError,
     Start,
     about,
+    around,
     balanced_noise,
     find_start,
     fits,
@@ -210,6 +213,8 @@ class Ladder:
         if self.settings.annealing is not None:
             return self.settings.annealing
         several = self.start is not None and len(self.start.modes) > 1
+        # components that stand at the modes need not find them
+        several = several and not any(isinstance(group.base, Mixture) for group in self._flows)
         split = self.target is not None and self.target.fell_back
         # the steps after it must be enough to fit what it found
         return min(ANNEALING, self.settings.n // 3) if several and not split else 0
@@ -291,8 +296,12 @@ class Ladder:
         approx.fit_stats["modes"] = len(start.modes)
         self._modes = density.redo(start.modes) if isinstance(density, Pulled) else start.modes
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
-        good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
-        self._place(start.gaussian, good)
+        good = may_end and len(start.modes) == 1 and is_normal(alone)
+        good = good and fits(density, start.gaussian, rng)
+        if alone is not None and len(start.modes) > 1 and self._may_mix(alone):
+            self._place_mixture(alone, start)
+        else:
+            self._place(start.gaussian, good)
         if alone is None:
             self._place_by_draws()
         return good
@@ -330,6 +339,22 @@ class Ladder:
             if isinstance(group, FlowGroup):
                 layers = affine_map(group.ddim) if good else group.layers
                 group.restart(*gaussian.block(here), layers)
+        self.approx.forget_functions()
+
+    def _may_mix(self, group: FlowGroup) -> bool:
+        """Whether a group's base is a mixture, or is left to the fit."""
+        left = group.on_ladder and "base" not in group.flow_options
+        return isinstance(group.base, Mixture) or left
+
+    def _place_mixture(self, group: FlowGroup, start: Start) -> None:
+        """Put a flow around several modes, and a component of its base at each."""
+        local = sorted(start.local, key=lambda g: -g.elbo)
+        broad = around(np.array([g.loc for g in local]), local[0])
+        base = group.base
+        if not isinstance(base, Mixture):
+            base = build_base(group.ddim, {"base": "mixture", "n_components": len(local)})
+        group.restart(broad.loc, broad.factor, base=base)
+        group.put_components([(g.loc, g.factor) for g in local])
         self.approx.forget_functions()
 
     def _choose_centring(self, target, group, draws, rng):

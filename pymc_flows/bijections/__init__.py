@@ -2,6 +2,13 @@
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten
+from pymc_flows.bijections.bases import (
+    Base,
+    Mixture,
+    StandardNormal,
+    StudentT,
+    normal_log_density,
+)
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
@@ -11,6 +18,7 @@ from pymc_flows.bijections.spline import RationalQuadratic
 __all__ = [
     "Additive",
     "Affine",
+    "Base",
     "Bijection",
     "Chain",
     "Coupling",
@@ -19,14 +27,18 @@ __all__ = [
     "Loc",
     "LowerTriangular",
     "MaskedAutoregressive",
+    "Mixture",
     "Params",
     "Permutation",
     "Planar",
     "Radial",
     "RationalQuadratic",
     "Scale",
+    "StandardNormal",
+    "StudentT",
     "Tails",
     "Transformer",
     "Whitening",
     "flatten",
+    "normal_log_density",
 ]
