@@ -42,6 +42,7 @@ from pymc_flows.bijections import (
     Chain,
     Mixture,
     Params,
+    Permutation,
     StandardNormal,
     Tails,
     Whitening,
@@ -249,9 +250,10 @@ class FlowGroup(Group):
     def grow(self, n_layers: int) -> None:
         """Put more layers like the first nearest the noise; the others keep their weights."""
         assert isinstance(self.layers, Chain)
-        first = self.layers.layers[0]
+        old = list(self.layers.layers)
+        first = next(layer for layer in old if not isinstance(layer, Permutation))
         weights = self.shared_params["weights"].get_value()
-        more = Chain([first] * n_layers + list(self.layers.layers))
+        more = Chain([*self._undone(first, n_layers), *[first] * n_layers, *old])
         self.restart(self.loc, self.factor, more)
         grown = self.shared_params["weights"].get_value()
         n_base = self.base.n_weights
@@ -296,6 +298,17 @@ class FlowGroup(Group):
         x, _ = chain.forward(pt.constant(points), params)
         x = pytensor.function([], x, mode="FAST_COMPILE")()
         return x[-1], (x[: self.ddim] - x[self.ddim : -1]).T / 2
+
+    def _undone(self, layer, n_layers):
+        """Put elements, which new layers exchange, back in their places, where they are not alike."""
+        if isinstance(self.base, StandardNormal):
+            return []
+        chain = Chain([layer] * n_layers)
+        weights = flatten(chain.init(np.random.default_rng(0)))
+        params = Params(pt.constant(floatX(weights)), chain.weight_shapes)
+        x, _ = chain.forward(pt.constant(floatX(np.eye(self.ddim))), params)
+        places = pytensor.function([], x, mode="FAST_COMPILE")().argmax(axis=1)
+        return [Permutation(self.ddim, tuple(places.tolist()))]
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
