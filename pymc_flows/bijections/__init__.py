@@ -9,6 +9,7 @@ from pymc_flows.bijections.bases import (
     StudentT,
     normal_log_density,
 )
+from pymc_flows.bijections.conditional import Conditional, Rows
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
 from pymc_flows.bijections.linear import Householder, LowerTriangular, Permutation, Whitening
@@ -21,6 +22,7 @@ __all__ = [
     "Base",
     "Bijection",
     "Chain",
+    "Conditional",
     "Coupling",
     "Householder",
     "InverseAutoregressive",
@@ -33,6 +35,7 @@ __all__ = [
     "Planar",
     "Radial",
     "RationalQuadratic",
+    "Rows",
     "Scale",
     "StandardNormal",
     "StudentT",
