@@ -43,6 +43,7 @@ from pymc_flows.bijections import (
     Mixture,
     Params,
     Permutation,
+    Rows,
     StandardNormal,
     Tails,
     Whitening,
@@ -58,6 +59,7 @@ from pymc_flows.families import (
     build_flow,
     canonical,
     check_flow,
+    conditioned,
     nearest,
 )
 from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
@@ -95,6 +97,13 @@ class FlowGroup(Group):
         Where a fit starts to search: values, by variable, in the model's own space; or draws of all
         variables or an earlier approximation, whose mean and covariance are then taken in place
         of a search. The model's initial point otherwise.
+    context : array or TensorVariable, optional
+        (n, columns): amortises variables whose first axis has length n. One flow, which sees a row of
+        the context, makes that row of the variables, and all rows share its weights; new data of as
+        many rows (``pm.set_data``) have their posterior without a further fit. May be ``pm.Data``, a
+        ``pm.Minibatch``, or an expression of shared variables, which are trained too where
+        they are given to the fit as ``more_obj_params``. PyMC scales no latent variable's density up from a
+        minibatch: leave ``total_size`` off, and the objective is that of the batch's rows.
     **kwargs
         The family's options.
 
@@ -102,6 +111,8 @@ class FlowGroup(Group):
     ------
     UnknownFlowError
         For a family, formula or option that does not exist.
+    ValueError
+        If the context's rows are not the variables', or it is given with another base than the normal.
     """
 
     __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
@@ -118,8 +129,10 @@ class FlowGroup(Group):
         model=None,
         options=None,
         start=None,
+        context=None,
         **kwargs,
     ):
+        self.context = None if context is None else pt.as_tensor_variable(context)
         self.flow: str | Bijection = self.short_name if vfam is None else vfam
         self.flow_options = {**(options or {}), **kwargs}
         check_flow(self.flow, self.flow_options)
@@ -131,7 +144,11 @@ class FlowGroup(Group):
         super().__init_group__(group)
         if self.ddim == 0:
             raise GroupError(f"variables of a group must have elements, got none in {group}")
-        noncentering = self.flow_options.get("noncentering", self._is_default)
+        if self.context is not None:
+            self._check_context()
+        noncentering = self.flow_options.get(
+            "noncentering", self._is_default and self.context is None
+        )
         self.noncentering: Noncentering | None = None
         if noncentering:
             self.noncentering = find_noncentering(
@@ -147,13 +164,39 @@ class FlowGroup(Group):
         self.place(
             self.first_loc,
             np.ones(self.ddim),
-            build_flow(self.flow, self.ddim, self.flow_options),
+            self._built_flow(),
             build_base(self.ddim, self.flow_options),
         )
         n_weights = self.base.n_weights + self.bijection.n_weights
         if not self._check_user_params(spec_kw={"n": n_weights}):
             self.shared_params = self._initial_weights()
         self._finalize_init()
+
+    def _check_context(self):
+        n_rows, n_columns = map(int, self.context.shape.eval(mode="FAST_COMPILE"))
+        shapes = {name: shape for name, _, shape, _ in self.ordering.values()}
+        for name, shape in shapes.items():
+            if shape[:1] != (n_rows,):
+                raise ValueError(
+                    f"context must have a row for each of {name}'s, whose shape is {shape}, "
+                    f"got {n_rows} rows"
+                )
+        for option, plain in (("base", "normal"), ("noncentering", False)):
+            if self.flow_options.get(option, plain) != plain:
+                raise ValueError(f"with a context, {option} must be {plain!r}")
+        self.context = pt.specify_shape(self.context, (n_rows, n_columns))
+
+    def _built_flow(self):
+        """Build the flow, for the whole group or, with a context, for every row of its variables."""
+        if self.context is None:
+            return build_flow(self.flow, self.ddim, self.flow_options)
+        n_rows, n_columns = self.context.type.shape
+        flow = build_flow(self.flow, self.ddim // n_rows, self.flow_options)
+        places = np.arange(self.ddim)
+        by_row = [places[where].reshape((n_rows, -1)) for _, where, *_ in self.ordering.values()]
+        order = np.argsort(np.concatenate(by_row, axis=1).ravel())
+        rows = Rows(self.ddim, conditioned(flow, n_columns))
+        return Chain([rows, Permutation(self.ddim, tuple(order.tolist()))])
 
     def place(
         self,
@@ -181,6 +224,9 @@ class FlowGroup(Group):
             self.symbolic_initial = pt.matrix(
                 self.symbolic_initial.name, shape=(None, self.noise_dim)
             )
+        if self.context is not None:
+            # what one fit's rows are like is no place for another's
+            loc, factor = np.zeros(self.ddim), np.ones(self.ddim)
         # in C's order, as a file gives them back: sums over rows are rounded by their order
         loc, factor = np.ascontiguousarray(loc), np.ascontiguousarray(factor)
         self.loc, self.factor = loc, factor
@@ -227,7 +273,7 @@ class FlowGroup(Group):
 
     def forget(self) -> None:
         """Go back to where the flow was made, with weights drawn anew."""
-        self.layers = build_flow(self.flow, self.ddim, self.flow_options)
+        self.layers = self._built_flow()
         if self.noncentering is not None:
             self.noncentering = replace(self.noncentering, start=Noncentering.start)
         self.fitted = False
@@ -362,7 +408,8 @@ class FlowGroup(Group):
     @property
     def on_ladder(self) -> bool:
         """Whether a fit may choose the flow's size: the default family with weights of its own."""
-        return self._is_default and self.shared_params is not None
+        own = self.shared_params is not None and self.context is None
+        return self._is_default and own
 
     @property
     def may_grow(self) -> bool:
@@ -381,7 +428,7 @@ class FlowGroup(Group):
     @property
     def _params(self):
         weights = self.params_dict["weights"][self.base.n_weights :]
-        return Params(weights, self.bijection.weight_shapes)
+        return Params(weights, self.bijection.weight_shapes, self.context)
 
     @property
     def _base_params(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from pymc_flows.bijections import (
     Base,
     Bijection,
     Chain,
+    Conditional,
     Coupling,
     Householder,
     InverseAutoregressive,
@@ -462,6 +463,26 @@ def build_base(dim: int, options: Mapping[str, Any] | None = None) -> Base:
     if n_components is not None:
         raise ValueError(f"n_components is an option of base='mixture', got base={kind!r}")
     return StudentT(dim) if kind == "student_t" else StandardNormal(dim)
+
+
+def conditioned(flow: Bijection, context_dim: int) -> Chain:
+    """Make a flow depend on a context: its conditioners see it, and so does an affine map at its end.
+
+    Parameters
+    ----------
+    flow : Bijection
+        As :func:`build_flow` makes it. Layers without a conditioner stay as they are.
+    context_dim : int
+        Columns of the context.
+    """
+    layers = flow.layers if isinstance(flow, Chain) else (flow,)
+    given = [
+        replace(layer, context_dim=context_dim)  # type: ignore[call-arg]
+        if "context_dim" in {one.name for one in fields(layer)}
+        else layer
+        for layer in layers
+    ]
+    return Chain([*given, Conditional(flow.dim, context_dim=context_dim)])
 
 
 def canonical(flow: str) -> str:

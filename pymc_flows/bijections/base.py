@@ -79,8 +79,9 @@ class Bijection(abc.ABC):
 
     dim: int
     invertible: ClassVar[bool] = True
-    # numbers a draw that the map is conditioned on; a setting of the layers that can be
-    context_dim: ClassVar[int] = 0
+    # numbers a draw that the map is conditioned on; a setting of the layers that can be. Without a
+    # type, for with one it would come first among the settings of those layers
+    context_dim = 0
 
     def __post_init__(self) -> None:
         if self.dim < 1:

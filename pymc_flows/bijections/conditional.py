@@ -34,7 +34,7 @@ class Conditional(Bijection):
 
     transformer: Transformer = field(default_factory=lambda: Affine(growth=2.0, shrinkage=4.0))
     hidden: tuple[int, ...] = (32,)
-    context_dim: int = 1  # type: ignore[misc]
+    context_dim: int = 1
 
     def __post_init__(self):
         super().__post_init__()

@@ -114,7 +114,7 @@ class Coupling(Bijection):
 
     transformer: Transformer = field(default_factory=Affine)
     hidden: tuple[int, ...] = (32, 32)
-    context_dim: int = 0  # type: ignore[misc]
+    context_dim: int = 0
 
     def __post_init__(self):
         super().__post_init__()
