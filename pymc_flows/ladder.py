@@ -57,7 +57,7 @@ HOPELESS = 0.4
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
 # standard deviation, unconstrained, from which on a search is taken to have found no end
 IMPROPER = 1e12
-# steps of a fit whose search ended in several modes
+# steps of a fit whose search ended in several modes, and that has no mixture to put there
 ANNEALING = 500
 # of several fits, what is told of the one that is kept
 HOW_IT_ENDED = ("stopped", "stages", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
@@ -471,6 +471,8 @@ class Ladder:
         if target is None or start is None or len(self._modes) < 2:
             return
         missed, advice = 0, "Compare several fits, with n_restarts=4, or give annealing=2000"
+        if all(is_normal(group) for group in self._flows):
+            advice = "Give the flow base='mixture'. " + advice
         noise = balanced_noise(np.random.default_rng(0), 256, self.approx.ddim)
         try:
             for mode in self._modes:
