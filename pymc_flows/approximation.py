@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,12 @@ from pymc.backends.ndarray import NDArray
 from pymc.initial_point import make_initial_point_fn
 from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.pytensorf import floatX, replace_vars_in_graphs
-from pymc.util import _get_seeds_per_chain, get_untransformed_name, is_transformed_name
+from pymc.util import (
+    _get_seeds_per_chain,
+    get_untransformed_name,
+    is_transformed_name,
+    makeiter,
+)
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import (
     Approximation,
@@ -25,15 +30,21 @@ from pymc.variational.opvi import (
     NotImplementedInference,
     ParametrizationError,
     VIState,
+    _known_scan_ignored_inputs,
     node_property,
 )
 from pytensor.graph.replace import graph_replace, vectorize_graph
 from xarray import Dataset, DataTree
 
 from pymc_flows.bijections import (
+    Base,
     Bijection,
     Chain,
+    Mixture,
     Params,
+    Permutation,
+    Rows,
+    StandardNormal,
     Tails,
     Whitening,
     flatten,
@@ -44,16 +55,18 @@ from pymc_flows.families import (
     DEFAULT_FAMILY,
     FAMILIES,
     UnknownFlowError,
+    build_base,
     build_flow,
     canonical,
     check_flow,
+    conditioned,
     nearest,
 )
 from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
 from pymc_flows.noncentering import Noncentering, find_noncentering
 
 # what a flow is and where it stands, beside the values of its parameters
-_STATE = ("layers", "noncentering", "loc", "factor", "shared_params", "fitted")
+_STATE = ("base", "layers", "noncentering", "loc", "factor", "shared_params", "fitted")
 # of log_q of draws, where it bounds their density: that of multipliers too, less the auxiliary's
 AUXILIARY_DENSITY = "joint with auxiliary variables"
 MOMENT_DRAWS = 8192
@@ -86,6 +99,13 @@ class FlowGroup(Group):
         Where a fit starts to search: values, by variable, in the model's own space; or draws of all
         variables or an earlier approximation, whose mean and covariance are then taken in place
         of a search. The model's initial point otherwise.
+    context : array or TensorVariable, optional
+        (n, columns): amortises variables whose first axis has length n. One flow, which sees a row of
+        the context, makes that row of the variables, and all rows share its weights; new data of as
+        many rows (``pm.set_data``) have their posterior without a further fit. May be ``pm.Data``, a
+        ``pm.Minibatch``, or an expression of shared variables, which are trained too where
+        they are given to the fit as ``more_obj_params``. PyMC scales no latent variable's density up from a
+        minibatch: leave ``total_size`` off, and the objective is that of the batch's rows.
     **kwargs
         The family's options.
 
@@ -93,11 +113,14 @@ class FlowGroup(Group):
     ------
     UnknownFlowError
         For a family, formula or option that does not exist.
+    ValueError
+        If the context's rows are not the variables', or it is given with another base than the normal.
     """
 
     __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
     short_name = "flow"
     alias_names = frozenset({"nfvi", *FAMILIES} - {"flow"})
+    symbolic_initial: Any
 
     def __init__(
         self,
@@ -108,8 +131,10 @@ class FlowGroup(Group):
         model=None,
         options=None,
         start=None,
+        context=None,
         **kwargs,
     ):
+        self.context = None if context is None else pt.as_tensor_variable(context)
         self.flow: str | Bijection = self.short_name if vfam is None else vfam
         self.flow_options = {**(options or {}), **kwargs}
         check_flow(self.flow, self.flow_options)
@@ -121,7 +146,11 @@ class FlowGroup(Group):
         super().__init_group__(group)
         if self.ddim == 0:
             raise GroupError(f"variables of a group must have elements, got none in {group}")
-        noncentering = self.flow_options.get("noncentering", self._is_default)
+        if self.context is not None:
+            self._check_context()
+        noncentering = self.flow_options.get(
+            "noncentering", self._is_default and self.context is None
+        )
         self.noncentering: Noncentering | None = None
         if noncentering:
             self.noncentering = find_noncentering(
@@ -137,13 +166,47 @@ class FlowGroup(Group):
         self.place(
             self.first_loc,
             np.ones(self.ddim),
-            build_flow(self.flow, self.ddim, self.flow_options),
+            self._built_flow(),
+            build_base(self.ddim, self.flow_options),
         )
-        if not self._check_user_params(spec_kw={"n": self.bijection.n_weights}):
+        n_weights = self.base.n_weights + self.bijection.n_weights
+        if not self._check_user_params(spec_kw={"n": n_weights}):
             self.shared_params = self._initial_weights()
         self._finalize_init()
 
-    def place(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+    def _check_context(self):
+        n_rows, n_columns = map(int, self.context.shape.eval(mode="FAST_COMPILE"))
+        shapes = {name: shape for name, _, shape, _ in self.ordering.values()}
+        for name, shape in shapes.items():
+            if shape[:1] != (n_rows,):
+                raise ValueError(
+                    f"context must have a row for each of {name}'s, whose shape is {shape}, "
+                    f"got {n_rows} rows"
+                )
+        for option, plain in (("base", "normal"), ("noncentering", False)):
+            if self.flow_options.get(option, plain) != plain:
+                raise ValueError(f"with a context, {option} must be {plain!r}")
+        self.context = pt.specify_shape(self.context, (n_rows, n_columns))
+
+    def _built_flow(self):
+        """Build the flow, for the whole group or, with a context, for every row of its variables."""
+        if self.context is None:
+            return build_flow(self.flow, self.ddim, self.flow_options)
+        n_rows, n_columns = self.context.type.shape
+        flow = build_flow(self.flow, self.ddim // n_rows, self.flow_options)
+        places = np.arange(self.ddim)
+        by_row = [places[where].reshape((n_rows, -1)) for _, where, *_ in self.ordering.values()]
+        order = np.argsort(np.concatenate(by_row, axis=1).ravel())
+        rows = Rows(self.ddim, conditioned(flow, n_columns))
+        return Chain([rows, Permutation(self.ddim, tuple(order.tolist()))])
+
+    def place(
+        self,
+        loc: np.ndarray,
+        factor: np.ndarray,
+        layers: Bijection | None = None,
+        base: Base | None = None,
+    ) -> None:
         """Put the flow, or another one, its weights still to be set, inside a new fixed affine map.
 
         Parameters
@@ -152,9 +215,20 @@ class FlowGroup(Group):
             As in :class:`pymc_flows.bijections.Whitening`.
         layers : Bijection, optional
             Take the place of the present ones, which keep their weights otherwise.
+        base : Base, optional
+            Takes the place of the present one, likewise.
         """
         if layers is not None:
             self.layers = layers
+        if base is not None:
+            self.base = base
+        if self.symbolic_initial.type.shape[1] != self.noise_dim:
+            self.symbolic_initial = pt.matrix(
+                self.symbolic_initial.name, shape=(None, self.noise_dim)
+            )
+        if self.context is not None:
+            # what one fit's rows are like is no place for another's
+            loc, factor = np.zeros(self.ddim), np.ones(self.ddim)
         # in C's order, as a file gives them back: sums over rows are rounded by their order
         loc, factor = np.ascontiguousarray(loc), np.ascontiguousarray(factor)
         self.loc, self.factor = loc, factor
@@ -170,7 +244,7 @@ class FlowGroup(Group):
             first = [self.layers]
         if self.noncentering is not None:
             last.append(self.noncentering)
-        self.bijection: Bijection = Chain([*first, *last])
+        self.bijection = Chain([*first, *last])
         cached = self.__dict__.pop("_cache", {})  # what was written down with the old map
         if taken := [name for name in ("mean", "cov", "std") if cached.get(name)]:
             warnings.warn(
@@ -181,9 +255,15 @@ class FlowGroup(Group):
                 stacklevel=6,
             )
 
-    def restart(self, loc: np.ndarray, factor: np.ndarray, layers: Bijection | None = None) -> None:
+    def restart(
+        self,
+        loc: np.ndarray,
+        factor: np.ndarray,
+        layers: Bijection | None = None,
+        base: Base | None = None,
+    ) -> None:
         """As :meth:`place`, with weights drawn anew."""
-        self.place(loc, factor, layers)
+        self.place(loc, factor, layers, base)
         if self.shared_params is None:
             return
         weights = self._initial_weights()["weights"]
@@ -195,11 +275,12 @@ class FlowGroup(Group):
 
     def forget(self) -> None:
         """Go back to where the flow was made, with weights drawn anew."""
-        self.layers = build_flow(self.flow, self.ddim, self.flow_options)
+        self.layers = self._built_flow()
         if self.noncentering is not None:
             self.noncentering = replace(self.noncentering, start=Noncentering.start)
         self.fitted = False
-        self.restart(self.first_loc, np.ones(self.ddim))
+        base = build_base(self.ddim, self.flow_options)
+        self.restart(self.first_loc, np.ones(self.ddim), base=base)
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the flow as it is; calling what is returned brings it back."""
@@ -217,17 +298,71 @@ class FlowGroup(Group):
     def grow(self, n_layers: int) -> None:
         """Put more layers like the first nearest the noise; the others keep their weights."""
         assert isinstance(self.layers, Chain)
-        first = self.layers.layers[0]
+        old = list(self.layers.layers)
+        first = next(layer for layer in old if not isinstance(layer, Permutation))
         weights = self.shared_params["weights"].get_value()
-        more = Chain([first] * n_layers + list(self.layers.layers))
+        more = Chain([*self._undone(first, n_layers), *[first] * n_layers, *old])
         self.restart(self.loc, self.factor, more)
         grown = self.shared_params["weights"].get_value()
-        grown[grown.size - weights.size :] = weights
+        n_base = self.base.n_weights
+        grown[:n_base] = weights[:n_base]
+        grown[grown.size - weights.size + n_base :] = weights[n_base:]
         self.shared_params["weights"].set_value(grown)
+
+    def put_components(self, gaussians: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Put the components of a mixture base where the flow makes given Gaussians of them.
+
+        The flow is taken as linear, which it is, or nearly, before it is trained; the layer that
+        reads the model's graph is left out.
+
+        Parameters
+        ----------
+        gaussians : sequence of tuple of ndarray
+            Location (dim,) and factor, (dim,) or (dim, dim), of each, the first the most important.
+            Where there are more components than these, they share them, moved apart.
+        """
+        base, weights = self.base, self.shared_params["weights"].get_value()
+        assert isinstance(base, Mixture)
+        middle, slopes = self._linearised(weights[base.n_weights :])
+        rng = np.random.default_rng(0)
+        locs, factors = [], []
+        for k in range(base.n_components):
+            loc, factor = gaussians[k % len(gaussians)]
+            factor = np.diag(factor) if factor.ndim == 1 else factor
+            if k >= len(gaussians):
+                loc = loc + 0.3 * factor @ rng.normal(size=loc.size)
+            locs.append(np.linalg.solve(slopes, loc - middle))
+            upper = np.linalg.qr(np.linalg.solve(slopes, factor).T, mode="r")
+            factors.append(upper.T * np.sign(np.diagonal(upper)))
+        weights[: base.n_weights] = flatten(base.weights(np.array(locs), np.array(factors)))
+        self.shared_params["weights"].set_value(weights)
+
+    def _linearised(self, weights):
+        """Image (dim,) of the origin, and slopes (dim, dim) there, of all but the model's own layer."""
+        layers = self.bijection.layers if self.noncentering is None else self.bijection.layers[:-1]
+        chain, steps = Chain(layers), np.eye(self.ddim)
+        points = floatX(np.concatenate([steps, -steps, 0 * steps[:1]]))
+        params = Params(pt.constant(weights[: chain.n_weights]), chain.weight_shapes)
+        x, _ = chain.forward(pt.constant(points), params)
+        x = pytensor.function([], x, mode="FAST_COMPILE")()
+        return x[-1], (x[: self.ddim] - x[self.ddim : -1]).T / 2
+
+    def _undone(self, layer, n_layers):
+        """Put elements, which new layers exchange, back in their places, where they are not alike."""
+        if isinstance(self.base, StandardNormal):
+            return []
+        chain = Chain([layer] * n_layers)
+        weights = flatten(chain.init(np.random.default_rng(0)))
+        params = Params(pt.constant(floatX(weights)), chain.weight_shapes)
+        x, _ = chain.forward(pt.constant(floatX(np.eye(self.ddim))), params)
+        places = pytensor.function([], x, mode="FAST_COMPILE")().argmax(axis=1)
+        return [Permutation(self.ddim, tuple(places.tolist()))]
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
-        weights = floatX(flatten(self.bijection.init(rng)))
+        # the base's come first
+        weights = [flatten(part.init(rng)) for part in (self.base, self.bijection)]
+        weights = floatX(np.concatenate(weights))
         return {"weights": pytensor.shared(weights, "weights", shape=weights.shape)}
 
     def reseed(self, random_seed):
@@ -259,7 +394,8 @@ class FlowGroup(Group):
     @property
     def on_ladder(self) -> bool:
         """Whether a fit may choose the flow's size: the default family with weights of its own."""
-        return self._is_default and self.shared_params is not None
+        own = self.shared_params is not None and self.context is None
+        return self._is_default and own
 
     @property
     def may_grow(self) -> bool:
@@ -271,18 +407,57 @@ class FlowGroup(Group):
         return isinstance(self.flow, str) and canonical(self.flow) == DEFAULT_FAMILY
 
     @property
+    def noise_dim(self) -> int:
+        """Columns of standard normal noise that draws are made from, the dim or more."""
+        return self.base.noise_dim
+
+    @property
     def _params(self):
-        return Params(self.params_dict["weights"], self.bijection.weight_shapes)
+        weights = self.params_dict["weights"][self.base.n_weights :]
+        return Params(weights, self.bijection.weight_shapes, self.context)
+
+    @property
+    def _base_params(self):
+        weights = self.params_dict["weights"][: self.base.n_weights]
+        return Params(weights, self.base.weight_shapes)
 
     def draws_and_log_q(self, noise):
-        """Draws x (draws, dim) made from noise (draws, dim), and their log density (draws,)."""
-        x, log_det = self.bijection.forward(noise, self._params)
-        return x, normal_log_density(noise) - log_det
+        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log density (draws,)."""
+        z, log_base = self.base.forward(noise, self._base_params)
+        x, log_det = self.bijection.forward(z, self._params)
+        return x, log_base - log_det
 
     def draws_and_score(self, noise):
         """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
-        x, log_det, score = self.bijection.carry_score(noise, -noise, self._params)
-        return x, normal_log_density(noise) - log_det, score
+        z, log_base = self.base.forward(noise, self._base_params)
+        score = self.base.score(z, self._base_params)
+        x, log_det, score = self.bijection.carry_score(z, score, self._params)
+        return x, log_base - log_det, score
+
+    def map_base(self, z):
+        """X (draws, dim) that z (draws, dim) of the base becomes, log q (draws,), and log base."""
+        log_base = self.base.log_density(z, self._base_params)
+        x, log_det = self.bijection.forward(z, self._params)
+        return x, log_base - log_det, log_base
+
+    def log_choice(self, noise):
+        """Log probability (draws,) of what draws are not differentiable in; None if there is none."""
+        z, _ = self.base.forward(noise, self._base_params)
+        return self.base.log_choice(z, self._base_params)
+
+    def _new_initial_shape(self, size, dim, more_replacements=None):
+        return pt.stack([size, self.noise_dim])
+
+    def symbolic_sample_over_posterior(self, node):
+        """PyMC's, where noise need not be as wide as draws."""
+        node = self.to_flat_input(node)
+        random = self.symbolic_random.astype(self.symbolic_initial.dtype)
+        return pytensor.scan(
+            lambda draw, *_: graph_replace(node, {self.input: draw}, strict=False),
+            pt.specify_shape(random, (None, self.ddim)),
+            non_sequences=_known_scan_ignored_inputs(makeiter(random)),
+            return_updates=False,
+        )
 
     @node_property
     def _mapped(self):
@@ -311,7 +486,7 @@ class FlowGroup(Group):
                 )
             )
         z, log_det = self.bijection.inverse(x, self._params)
-        return normal_log_density(z) + log_det
+        return self.base.log_density(z, self._base_params) + log_det
 
     @node_property
     def _moment_draws(self):
@@ -319,7 +494,7 @@ class FlowGroup(Group):
 
         # fixed quasi-random noise: moments repeat, and follow the weights while they train
         n_draws = 2 ** int(np.log2(np.clip(2**22 // self.ddim, 256, MOMENT_DRAWS)))
-        noise = qmc.MultivariateNormalQMC(np.zeros(self.ddim), rng=np.random.default_rng(0))
+        noise = qmc.MultivariateNormalQMC(np.zeros(self.noise_dim), rng=np.random.default_rng(0))
         return self.draws_and_log_q(pt.constant(floatX(noise.random(n_draws))))[0]
 
     @node_property
@@ -363,6 +538,16 @@ def start_of_group(group: Group, start: Mapping[Any, Any] | None = None) -> np.n
         bad = [name for name in group.ordering if not np.isfinite(point[name]).all()]
         raise ParametrizationError(f"start of {bad} must be finite, got {point[bad[0]]}")
     return flat
+
+
+def is_normal(group: Group) -> bool:
+    """Whether a group's draws are a map of standard normal noise of its own dim."""
+    return not isinstance(group, FlowGroup) or isinstance(group.base, StandardNormal)
+
+
+def base_dim(group: Group) -> int:
+    """Dimensions of the space that a group's draws are a smooth map of: a flow's own, else its noise's."""
+    return group.ddim if isinstance(group, FlowGroup) else noise_dim(group)
 
 
 def noise_dim(group: Group) -> int:
@@ -434,6 +619,42 @@ class FlowApproximation(Approximation):
             score,
             sum(scoreless) if scoreless else None,
         )
+
+    def log_choice(self, noise):
+        """Log probability (draws,) of what the draws of noise are not differentiable in, or None.
+
+        Parameters
+        ----------
+        noise : list of TensorVariable
+            As :meth:`draws_and_log_q` gives it.
+        """
+        found = [
+            group.log_choice(z)
+            for group, z in zip(self.groups, noise, strict=True)
+            if isinstance(group, FlowGroup)
+        ]
+        found = [log_choice for log_choice in found if log_choice is not None]
+        return sum(found) if found else None
+
+    def map_base(self, zs):
+        """Points x (draws, dim) made from points of each group's base space, and two log densities.
+
+        Parameters
+        ----------
+        zs : list of TensorVariable
+            (draws, dim of the group), one for each group.
+
+        Returns
+        -------
+        x : TensorVariable
+            (draws, dim), unconstrained, in the groups' order.
+        log_q, log_base : TensorVariable
+            (draws,), of x, and of the zs under the groups' bases, in nats.
+        """
+        found = [_map_base_of_group(group, z) for group, z in zip(self.groups, zs, strict=True)]
+        xs, log_qs, log_bases = zip(*found, strict=True)
+        x = xs[0] if len(xs) == 1 else pt.concatenate(xs, axis=1)
+        return x, sum(log_qs), sum(log_bases)
 
     def _symbolic_noise(self, n_draws):
         return [pt.matrix(shape=(n_draws, noise_dim(group))) for group in self.groups]
@@ -663,12 +884,14 @@ class FlowApproximation(Approximation):
             log_q = log_q - log_jacobian
         # constructing the graph may draw on data types wider than the inputs, never narrower
         zeros = [np.zeros(r.type.shape, dtype=r.dtype) for r in rows]
+
+        def trial(compiled):
+            # zeros may lie outside a variable's support, which is no fault
+            with np.errstate(all="ignore"):
+                compiled(*zeros)
+
         function = compile_function(
-            rows,
-            [log_q],
-            interpret=True,
-            backend=self.backend,
-            trial=lambda compiled: compiled(*zeros),
+            rows, [log_q], interpret=True, backend=self.backend, trial=trial
         )
         self._functions[key] = function
         return function
@@ -795,6 +1018,12 @@ def _draws_of_group(group, noise):
     return graph_replace(
         [group.symbolic_random, group.symbolic_logq], {group.symbolic_initial: noise}, strict=False
     )
+
+
+def _map_base_of_group(group, z):
+    if isinstance(group, FlowGroup):
+        return group.map_base(z)
+    return *_draws_of_group(group, z), normal_log_density(z)
 
 
 def _draws_and_score_of_group(group, noise):

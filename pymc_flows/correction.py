@@ -17,7 +17,7 @@ from pymc.variational.opvi import Approximation
 from pytensor.graph.replace import graph_replace
 from xarray import DataTree
 
-from pymc_flows.approximation import noise_dim, with_density
+from pymc_flows.approximation import base_dim, is_normal, with_density
 from pymc_flows.importance import khat_threshold, smooth
 from pymc_flows.log_density import has_minibatch, value_slices
 
@@ -207,11 +207,13 @@ def neutra_model(approx: Approximation) -> pm.Model:
     Model
         With one free variable, standard normal noise (dim,), of mnf groups also that of their
         multipliers, a potential ``log_weight``, which is
-        log p - log q, and the variables of the original model, by name, as deterministics.
+        log p - log q, and the variables of the original model, by name, as deterministics. Where a
+        flow has another base, the variable is flat, and a potential ``log_base`` is its density.
     """
     approx = with_density(approx)
     model = remove_minibatched_nodes(approx.model) if has_minibatch(approx.model) else approx.model
-    noise, x, log_q = approx.draws_and_log_q(1)
+    zs = [pt.matrix(shape=(1, base_dim(group))) for group in approx.groups]
+    x, log_q, log_base = approx.map_base(zs)
     frozen = {p: pt.constant(p.get_value(), dtype=p.dtype) for p in approx.params}
     by_name = value_slices(approx, x)
     place = {v: by_name[v.name][0] for v in model.value_vars}
@@ -219,14 +221,19 @@ def neutra_model(approx: Approximation) -> pm.Model:
     graphs = [model.logp(), *model.replace_rvs_by_values(named)]
     log_p, *values = graph_replace(graphs, place, strict=False)
     with pm.Model(coords=dict(model.coords)) as neutra:
-        base = pm.Normal(_free_name("noise", model), shape=(sum(map(noise_dim, approx.groups)),))
+        normal = all(is_normal(group) for group in approx.groups)
+        prior = pm.Normal if normal else pm.Flat
+        base = prior(_free_name("noise", model), shape=(sum(map(base_dim, approx.groups)),))
         pieces, first = {}, 0
-        for group, z in zip(approx.groups, noise, strict=True):
-            n = noise_dim(group)
+        for group, z in zip(approx.groups, zs, strict=True):
+            n = base_dim(group)
             pieces[z] = pt.specify_shape(base[None, first : first + n], (1, n))
             first += n
-        outputs = graph_replace([log_p - log_q[0], *values], {**pieces, **frozen}, strict=False)
-        log_weight, *values = outputs
+        outputs = [log_p - log_q[0], log_base[0], *values]
+        outputs = graph_replace(outputs, {**pieces, **frozen}, strict=False)
+        log_weight, log_base, *values = outputs
+        if not normal:
+            pm.Potential(_free_name("log_base", model), log_base)
         pm.Potential(_free_name("log_weight", model), log_weight)
         for variable, value in zip(named, values, strict=True):
             dims = model.named_vars_to_dims.get(variable.name)

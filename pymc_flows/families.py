@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +14,11 @@ from pymc_flows.bijections import (
     LU,
     Additive,
     Affine,
+    Base,
     Bijection,
     BlockAutoregressive,
     Chain,
+    Conditional,
     Continuous,
     Coupling,
     DeepSigmoidal,
@@ -27,6 +29,7 @@ from pymc_flows.bijections import (
     LowerTriangular,
     LowRank,
     MaskedAutoregressive,
+    Mixture,
     Multiplicative,
     Permutation,
     Planar,
@@ -34,6 +37,8 @@ from pymc_flows.bijections import (
     RationalQuadratic,
     Residual,
     Scale,
+    StandardNormal,
+    StudentT,
     Sylvester,
     Tails,
     Whitening,
@@ -43,6 +48,8 @@ DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
 AFFINE_RANK = 10
 SYLVESTER_RANK = 8
+# from here on the components of a mixture have scales only
+FULL_MIXTURE_MAX_DIM = 50
 
 
 class UnknownFlowError(KeyError, ValueError):
@@ -614,8 +621,9 @@ FORMULA_LAYERS: dict[str, Callable[[int], Bijection]] = {
 }
 
 DEFAULT_ALIASES = ("nfvi",)
-# options that every flow has, because they concern the model and not the flow
-MODEL_OPTIONS = ("noncentering",)
+# options that every flow has, because they concern the model, or what the flow bends, and not the flow
+MODEL_OPTIONS = ("noncentering", "base", "n_components")
+BASES = ("normal", "student_t", "mixture")
 
 
 def families():
@@ -696,6 +704,56 @@ def build_flow(
     if name in MATRIX_FAMILIES:
         raise UnknownFlowError(f"{name!r} is a family of matrices, and no flow of all variables")
     return Chain([FORMULA_LAYERS[layer](dim) for layer in parse_formula(name)])
+
+
+def build_base(dim: int, options: Mapping[str, Any] | None = None) -> Base:
+    """Make the base distribution that the options of any flow ask for.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+    options : mapping, optional
+        Of these, ``base`` is ``"normal"`` (the default), ``"student_t"`` or ``"mixture"``, and
+        ``n_components``, by default 4, the number of the mixture's Gaussians. The others are ignored.
+
+    Raises
+    ------
+    ValueError
+        If the base does not exist, ``n_components`` is not a whole number of at least 1, or is
+        given without a mixture.
+    """
+    options = options or {}
+    kind, n_components = options.get("base", "normal"), options.get("n_components")
+    if kind not in BASES:
+        near = nearest(str(kind), BASES)
+        raise ValueError(f"base must be one of {', '.join(BASES)}, got {kind!r}{near}")
+    if kind == "mixture":
+        n_components = _at_least_one(n_components=4 if n_components is None else n_components)
+        return Mixture(dim, n_components, full=dim <= FULL_MIXTURE_MAX_DIM)
+    if n_components is not None:
+        raise ValueError(f"n_components is an option of base='mixture', got base={kind!r}")
+    return StudentT(dim) if kind == "student_t" else StandardNormal(dim)
+
+
+def conditioned(flow: Bijection, context_dim: int) -> Chain:
+    """Make a flow depend on a context: its conditioners see it, and so does an affine map at its end.
+
+    Parameters
+    ----------
+    flow : Bijection
+        As :func:`build_flow` makes it. Layers without a conditioner stay as they are.
+    context_dim : int
+        Columns of the context.
+    """
+    layers = flow.layers if isinstance(flow, Chain) else (flow,)
+    given = [
+        replace(layer, context_dim=context_dim)  # type: ignore[call-arg]
+        if "context_dim" in {one.name for one in fields(layer)}
+        else layer
+        for layer in layers
+    ]
+    return Chain([*given, Conditional(flow.dim, context_dim=context_dim)])
 
 
 def canonical(flow: str) -> str:

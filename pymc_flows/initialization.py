@@ -7,7 +7,7 @@ compiled function serves the whole start.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,8 @@ Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 FULL_MAX_DIM = 300
 N_CLIMBERS = 8
+# further climbs, as many, for as long as each finds another mode beside several
+MOST_ROUNDS = 4
 MEMORY = 20
 # nats that a Gaussian around several modes may lie below one at the best of them
 MOST_BETWEEN = 30.0
@@ -102,10 +104,13 @@ class Start:
         The best.
     modes : ndarray
         (modes, dim), where climbs from several points ended, apart from each other.
+    local : list of Gaussian
+        One about each mode, where there are several.
     """
 
     gaussian: Gaussian
     modes: np.ndarray
+    local: list[Gaussian] = field(default_factory=list)
 
 
 class NoStartError(ValueError):
@@ -163,19 +168,51 @@ def find_start(
     n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
     settled = [settle(target, g, rng) for g in found[:n_settled]]
     gaussian = _best(target, [*settled, found[0]], rng)
-    modes = climb.modes(gaussian)
+    modes = _modes(target, initial, rng, climb, gaussian)
+    local: list[Gaussian] = []
     if len(modes) > 1:
         # a spike is none: what counts is the mass about it
         noise = balanced_noise(rng, 64, initial.size)
         local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
         enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
-        modes = np.array([mode for mode, g in zip(modes, local, strict=True) if g.elbo > enough])
+        kept = [g.elbo > enough for g in local]
+        modes, local = modes[kept], [g for g, keep in zip(local, kept, strict=True) if keep]
     if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
         broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
-    return Start(gaussian, modes if len(modes) else gaussian.loc[None])
+    return Start(gaussian, modes if len(modes) else gaussian.loc[None], local)
+
+
+def _modes(target, initial, rng, climb, gaussian):
+    """Modes (modes, dim) that climbs ended in; where there are several, more climbs look for others."""
+    points, log_p = climb.x, climb.log_p
+    modes = _apart(points, log_p, gaussian)
+    for _ in range(MOST_ROUNDS if len(modes) > 1 else 0):
+        further = _Climb(target, *_first_points(target, initial, rng))
+        further.run()
+        points = np.concatenate([points, further.x])
+        log_p = np.concatenate([log_p, further.log_p])
+        n_before, modes = len(modes), _apart(points, log_p, gaussian)
+        if len(modes) <= n_before:
+            break
+    return modes
+
+
+def _apart(points, log_p, gaussian):
+    """Ends of climbs that are no lower than the best by much, and apart in a Gaussian's units."""
+    order = np.argsort(-log_p)
+    found = [points[order[0]]]
+    for k in order[1:]:
+        if log_p[k] < log_p[order[0]] - 5:
+            break
+        apart = [
+            np.linalg.norm(gaussian.whiten((points[k] - m + gaussian.loc)[None])) for m in found
+        ]
+        if min(apart) > 3 * gaussian.loc.size**0.5:
+            found.append(points[k])
+    return np.array(found)
 
 
 def about(target: Density, mode: np.ndarray, like: Gaussian) -> Gaussian:
@@ -334,20 +371,6 @@ class _Climb:
             return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
         inverse = np.array([_quasi_newton(row, pairs) for row in np.eye(x.size)])
         return Gaussian(x, _root(inverse))
-
-    def modes(self, gaussian):
-        """Ends of climbs that are no lower than the best by much, and apart in its units."""
-        order = np.argsort(-self.log_p)
-        found = [self.x[order[0]]]
-        for k in order[1:]:
-            if self.log_p[k] < self.log_p[order[0]] - 5:
-                break
-            apart = [
-                np.linalg.norm(gaussian.whiten((self.x[k] - m + gaussian.loc)[None])) for m in found
-            ]
-            if min(apart) > 3 * gaussian.loc.size**0.5:
-                found.append(self.x[k])
-        return np.array(found)
 
 
 def _quasi_newton(score, pairs):

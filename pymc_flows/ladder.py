@@ -21,18 +21,20 @@ from pymc_flows.approximation import (
     FlowApproximation,
     FlowGroup,
     carries_score,
+    is_normal,
     log_density_of_group,
     noise_dim,
 )
-from pymc_flows.bijections import Bijection, Chain
+from pymc_flows.bijections import Bijection, Chain, Mixture
 from pymc_flows.compilation import may_interpret, prefers_jax
-from pymc_flows.families import affine_map
+from pymc_flows.families import affine_map, build_base
 from pymc_flows.importance import Weighing
 from pymc_flows.initialization import (
     Gaussian,
     NoStartError,
     Start,
     about,
+    around,
     balanced_noise,
     find_start,
     fits,
@@ -60,7 +62,7 @@ HOPELESS = 0.4
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
 # standard deviation, unconstrained, from which on a search is taken to have found no end
 IMPROPER = 1e12
-# steps of a fit whose search ended in several modes
+# steps of a fit whose search ended in several modes, and that has no mixture to put there
 ANNEALING = 500
 # of several fits, what is told of the one that is kept
 HOW_IT_ENDED = ("stopped", "stages", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
@@ -225,6 +227,8 @@ class Ladder:
         if self.settings.annealing is not None:
             return self.settings.annealing
         several = self.start is not None and len(self.start.modes) > 1
+        # components that stand at the modes need not find them
+        several = several and not any(isinstance(group.base, Mixture) for group in self._flows)
         # the steps after it must be enough to fit what it found
         return min(ANNEALING, self.settings.n // 3) if several else 0
 
@@ -327,8 +331,12 @@ class Ladder:
         approx.fit_stats["modes"] = len(start.modes)
         self._modes = density.redo(start.modes) if isinstance(density, Pulled) else start.modes
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
-        good = may_end and len(start.modes) == 1 and fits(density, start.gaussian, rng)
-        self._place(start.gaussian, good)
+        good = may_end and len(start.modes) == 1 and is_normal(alone)
+        good = good and fits(density, start.gaussian, rng)
+        if alone is not None and len(start.modes) > 1 and self._may_mix(alone):
+            self._place_mixture(alone, start)
+        else:
+            self._place(start.gaussian, good)
         if alone is None:
             self._place_by_draws()
         return good
@@ -366,6 +374,22 @@ class Ladder:
             if isinstance(group, FlowGroup):
                 layers = affine_map(group.ddim) if good else group.layers
                 group.restart(*gaussian.block(here), layers)
+        self.approx.forget_functions()
+
+    def _may_mix(self, group: FlowGroup) -> bool:
+        """Whether a group's base is a mixture, or is left to the fit."""
+        left = group.on_ladder and "base" not in group.flow_options
+        return isinstance(group.base, Mixture) or left
+
+    def _place_mixture(self, group: FlowGroup, start: Start) -> None:
+        """Put a flow around several modes, and a component of its base at each."""
+        local = sorted(start.local, key=lambda g: -g.elbo)
+        broad = around(np.array([g.loc for g in local]), local[0])
+        base = group.base
+        if not isinstance(base, Mixture):
+            base = build_base(group.ddim, {"base": "mixture", "n_components": len(local)})
+        group.restart(broad.loc, broad.factor, base=base)
+        group.put_components([(g.loc, g.factor) for g in local])
         self.approx.forget_functions()
 
     def _choose_centring(self, target, group, draws, rng):
@@ -482,6 +506,8 @@ class Ladder:
         if target is None or start is None or len(self._modes) < 2:
             return
         missed, advice = 0, "Compare several fits, with n_restarts=4, or give annealing=2000"
+        if all(is_normal(group) for group in self._flows):
+            advice = "Give the flow base='mixture'. " + advice
         noise = balanced_noise(np.random.default_rng(0), 256, self.approx.ddim)
         try:
             for mode in self._modes:

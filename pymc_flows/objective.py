@@ -291,6 +291,10 @@ def build_objective(
         total = pt.maximum(ratio.sum(), np.finfo(x.dtype).tiny)
         loss = -(largest + pt.log(total) - pt.log(count)) / scaling
         share = ratio / total
+        # the bound less that of the other draws (Mnih & Rezende 2016, arXiv:1602.06725), and its
+        # own slope in log q
+        more = pt.log1p(-1 / pt.maximum(count, 2)) - pt.log1p(-pt.minimum(share, 1 - 1e-6))
+        gain = pt.switch(n_valid > 1, more, -loss * scaling) + 1 / count - share
         away = pt.switch(valid[:, None], score_q - score, 0)
         known = {x: (share**2 / scaling)[:, None] * away, log_p: -share / scaling}
     else:
@@ -299,6 +303,14 @@ def build_objective(
         known = {x: pt.switch(valid[:, None], pull * weight[:, None], 0), log_p: -weight}
         if scoreless is not None:
             known[scoreless] = kl_weight * weight if warmed else weight
+        terms = pt.switch(valid, log_p - log_q, 0)
+        others = (terms.sum() - terms) / pt.maximum(count - 1, 1)
+        gain = (terms - others) / count
+    log_choice = approx.log_choice(noise)
+    if log_choice is not None:
+        # what draws are not differentiable in: the score function (Williams 1992), each draw's
+        # bound less that of the others, so that nothing is left where q is the posterior
+        known[log_choice] = pt.switch(valid, -gain / scaling, 0)
     params = [*approx.params, *more_params]
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
     return Objective(

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pytensor.tensor as pt
 import xarray as xr
 from pymc.pytensorf import floatX
 
 from pymc_flows.compare import Scalars, check_known
+from pymc_flows.compilation import compile_function
 from pymc_flows.diagnostics import Diagnosis, diagnose
 from pymc_flows.importance import smooth
 
@@ -298,14 +300,14 @@ def plot_weights(
 def plot_warp(
     approx: Any, *, extent: float = 3.0, n_lines: int = 25, backend: str = "matplotlib"
 ) -> PlotCollection:
-    """Draw what a flow of two dimensions makes of a square grid of base noise.
+    """Draw what a flow of two dimensions makes of a square grid of its base space.
 
     Parameters
     ----------
     approx : FlowApproximation
         Of two elements in all.
     extent : float, default 3
-        The grid reaches from -extent to extent, in standard deviations of the noise.
+        The grid reaches from -extent to extent; normal noise has unit standard deviations there.
     n_lines : int, default 25
         Lines each way.
     backend : str
@@ -336,7 +338,8 @@ def plot_warp(
     for group in approx.groups:
         pieces.append(flat[:, first : first + group.ddim])
         first += group.ddim
-    x, _ = approx.flow_function(len(flat))(*(floatX(piece) for piece in pieces))
+    points = [pt.constant(floatX(piece)) for piece in pieces]
+    (x,) = compile_function([], [approx.map_base(points)[0]], backend=approx.backend)()
     lines = np.asarray(x, dtype=float).T.reshape(noise.shape)
     # one line in all, its pieces parted by gaps
     parted = np.pad(lines, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan).reshape(2, -1)

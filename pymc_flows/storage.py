@@ -171,6 +171,7 @@ def _of_group(group, label, arrays) -> dict[str, Any]:
         "flow": flow,
         "options": _checked(group.flow_options),
         "layers": _of_layer(group.layers, label, arrays),
+        "base": _of_layer(group.base, label, arrays),
         "noncentering": None if centring is None else centring.start,
         "seeded": group.seeded,
         "fitted": group.fitted,
@@ -244,7 +245,9 @@ def _group_from(saved, arrays, model):
     if group.noncentering is not None:
         group.noncentering = dataclasses.replace(group.noncentering, start=saved["noncentering"])
     layers = _layer_from(saved["layers"], arrays)
-    group.place(arrays[f"{label}_loc"], arrays[f"{label}_factor"], layers)
+    # files of earlier versions have none: they start from normal noise
+    base = _layer_from(saved["base"], arrays) if "base" in saved else None
+    group.place(arrays[f"{label}_loc"], arrays[f"{label}_factor"], layers, base)
     weights = params["weights"]
     group.shared_params = {"weights": pytensor.shared(weights, "weights", shape=weights.shape)}
     group.rng = _rng_from(saved["rng"], arrays)

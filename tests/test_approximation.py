@@ -420,7 +420,8 @@ def test_float32_all_through(normal, python):
     with pytensor.config.change_flags(floatX="float32"):
         with pm.Model() as model:
             pm.Normal("y", pm.Normal("a"), pm.HalfNormal("b"), observed=[0.5, 1.0])
-        approx = NFVI("realnvp", model=model, n_layers=2).fit(3, obj_n_mc=4, progressbar=False)
+        inference = NFVI("realnvp", model=model, n_layers=2, random_seed=1)
+        approx = inference.fit(3, obj_n_mc=4, progressbar=False)
         result = approx.sample(5)
         density = approx.log_density(result)
     assert approx.params[0].get_value().dtype == np.float32
@@ -432,3 +433,54 @@ def test_float32_all_through(normal, python):
     assert_allclose(
         density, result.sample_stats["log_q"] - np.log(result.posterior["b"]), rtol=1e-3
     )
+
+
+def amortised(data):
+    """Noisy values z, each seen once: their posterior is N(0.8 y, 0.2)."""
+    with pm.Model() as built:
+        seen = pm.Data("seen", data)
+        z = pm.Normal("z", shape=len(data))
+        pm.Normal("y", z, 0.5, observed=seen)
+    return built
+
+
+def amortised_group(built, flow="iaf", **options):
+    with built:
+        return FlowApproximation([pm.Group([built["z"]], vfam=flow, context=built["seen"][:, None], **options)], random_seed=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("flow", ["iaf", "realnvp", "planar"])
+def test_rows_of_an_amortised_group_share_weights_and_see_their_own_context(flow, python):
+    approx = amortised_group(amortised(np.array([-1.0, 0.3, 0.3, 2.0])), flow, n_layers=1)
+    (weights,) = approx.params
+    weights.set_value(np.random.default_rng(0).normal(size=weights.get_value().shape))
+    noise, x, log_q = approx.draws_and_log_q(3)
+    function = pytensor.function(noise, [x, log_q], mode=python)
+    same = np.repeat(np.random.default_rng(1).normal(size=(3, 1)), 4, axis=1)
+    x, _ = function(same)
+    assert_allclose(x[:, 1], x[:, 2])
+    assert (np.abs(x[:, 0] - x[:, 1]) > 1e-6).all()
+
+
+def test_new_rows_have_their_posterior_without_a_further_fit():
+    rng = np.random.default_rng(0)
+    built = amortised(rng.normal(size=20) * 1.1)
+    approx = NFVI([pm.Group([built["z"]], vfam="iaf", context=built["seen"][:, None], model=built)], model=built, random_seed=1).fit(1500, progressbar=False)  # fmt: skip
+    new = np.linspace(-1.5, 1.5, 20)
+    pm.set_data({"seen": new}, model=built)
+    drawn = approx.sample(4000, random_seed=1).posterior["z"].values[0]
+    assert_allclose(drawn.mean(axis=0), 0.8 * new, atol=0.1)
+    assert_allclose(drawn.std(axis=0), 0.2**0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "message"),
+    [
+        (np.zeros((3, 1)), {}, "a row for each of z's, whose shape is .2,., got 3 rows"),
+        (np.zeros((2, 1)), {"base": "student_t"}, "with a context, base must be 'normal'"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_an_error(context, options, message):
+    built = amortised(np.zeros(2))
+    with built, pytest.raises(ValueError, match=message):
+        pm.Group([built["z"]], vfam="iaf", context=context, **options)

@@ -24,6 +24,7 @@ from pymc_flows.bijections import (
     Affine,
     BlockAutoregressive,
     Chain,
+    Conditional,
     Continuous,
     Coupling,
     DeepSigmoidal,
@@ -40,6 +41,7 @@ from pymc_flows.bijections import (
     Radial,
     RationalQuadratic,
     Residual,
+    Rows,
     Scale,
     Sylvester,
     Tails,
@@ -363,6 +365,85 @@ def test_draws_do_not_see_each_other(bijection):
     for i, one in enumerate(alone):
         assert_allclose(one.value[0], together.value[i], rtol=1e-12)
         assert_allclose(one.log_det[0], together.log_det[i], rtol=1e-12, atol=1e-14)
+
+
+# --------------------------------------------------------------------------------- the context
+
+CONDITIONED = [
+    layer
+    for dim in (1, 3)
+    for layer in (
+        Coupling(dim, hidden=(5,), context_dim=2),
+        Coupling(dim, hidden=(), context_dim=2),
+        InverseAutoregressive(dim, hidden=(5, 4), context_dim=2),
+        InverseAutoregressive(dim, hidden=(), context_dim=2),
+        MaskedAutoregressive(dim, hidden=(5,), context_dim=2),
+        Conditional(dim, hidden=(4,), context_dim=2),
+        Chain([*[Coupling(dim, hidden=(4,), context_dim=2)] * 2, Scale(dim), Conditional(dim, context_dim=2)]),
+    )
+]  # fmt: skip
+
+
+@functools.cache
+def compiled_with_context(bijection):
+    """Compile (z, score, context, flat) -> x, log-det, Jacobian; score of x, and of log-det; z back."""
+    with pytensor.config.change_flags(cxx=""):
+        z, score, context = (pt.matrix(shape=(None, n)) for n in (bijection.dim, bijection.dim, 2))
+        flat = pt.vector(shape=(bijection.n_weights,))
+        params = Params(flat, bijection.weight_shapes, context)
+        x, log_det = bijection.forward(z, params)
+        rows = pt.stack([pt.grad(x[:, i].sum(), z) for i in range(bijection.dim)], axis=1)
+        slope = pt.grad(log_det.sum(), z, disconnected_inputs="ignore")
+        by_context = pt.grad((x**2).sum(), context)
+        carried = bijection.carry_score(z, score, params)[2]
+        outputs = [x, log_det, rows, slope, carried, by_context, *bijection.inverse(x, params)]
+        return pytensor.function([z, score, context, flat], outputs, mode=PYTHON)
+
+
+@over_scales
+@over_cases(argvalues=CONDITIONED)
+def test_the_laws_hold_in_every_context(bijection, scale):
+    z, flat = perturbed(bijection, scale)
+    rng = np.random.default_rng(5)
+    score, context = rng.normal(size=z.shape), rng.normal(size=(len(z), 2))
+    _, log_det, jacobian, slope, carried, by_context, back, log_det_back = compiled_with_context(
+        bijection
+    )(z, score, context, flat)
+    assert_allclose(log_det, np.linalg.slogdet(jacobian)[1], rtol=0, atol=1e-8)
+    squeezed = max(1e-8, 1e-13 * np.linalg.cond(jacobian).max())
+    assert_allclose(back, z, rtol=0, atol=squeezed)
+    assert_allclose(log_det_back, -log_det, rtol=0, atol=squeezed)
+    expected = np.linalg.solve(jacobian.transpose(0, 2, 1), (score - slope)[..., None])[..., 0]
+    assert_allclose(carried, expected, rtol=1e-7, atol=1e-9 * max(1, np.abs(expected).max()))
+    assert (np.abs(by_context).max(axis=0) > 1e-6).all()
+
+
+def test_every_element_sees_the_context():
+    layer = InverseAutoregressive(4, hidden=(6, 5), context_dim=2)
+    seen = functools.reduce(np.matmul, [mask.astype(int) for mask in layer._masks])
+    assert (seen[4:] > 0).all()
+    for block in np.split(seen[:4], layer.transformer.n_params, axis=1):
+        assert (np.triu(block, k=1) > 0).sum() == 6
+        assert (np.tril(block) == 0).all()
+
+
+def test_rows_are_mapped_each_in_its_context():
+    flow = Chain([Coupling(2, hidden=(3,), context_dim=2), Conditional(2, context_dim=2)])
+    rows = Rows(6, flow)
+    rng = np.random.default_rng(0)
+    flat, z, context = rng.normal(size=rows.n_weights), rng.normal(size=(4, 6)), rng.normal(size=(3, 2))  # fmt: skip
+    score = rng.normal(size=z.shape)
+    mapped = rows.carry_score(*map(pt.constant, (z, score)), Params(pt.constant(flat), rows.weight_shapes, pt.constant(context)))  # fmt: skip
+    x, log_det, carried = pytensor.function([], mapped, mode=PYTHON)()
+    total = 0.0
+    for i in range(3):
+        columns = slice(2 * i, 2 * i + 2)
+        here = np.repeat(context[i : i + 1], 4, axis=0)
+        alone = compiled_with_context(flow)(z[:, columns], score[:, columns], here, flat)
+        assert_allclose(x[:, columns], alone[0])
+        assert_allclose(carried[:, columns], alone[4])
+        total = total + alone[1]
+    assert_allclose(log_det, total)
 
 
 # ------------------------------------------------------------- the formulas, written out again

@@ -3,14 +3,17 @@
 import arviz as az
 import numpy as np
 import pymc as pm
+import pytensor
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from pymc.variational.callbacks import CheckParametersConvergence, Tracker
 from pymc.variational.opvi import ParametrizationError
+from scipy import stats
 from threadpoolctl import threadpool_info
 
 from pymc_flows import NFVI, NormalizingFlow, importance, ladder
+from pymc_flows.bijections import Mixture
 from pymc_flows.families import affine_map
 from pymc_flows.ladder import MORE_LAYERS
 
@@ -106,10 +109,45 @@ def two_modes(distance, share=0.5):
 
 @pytest.mark.slow
 def test_modes_that_are_missed_are_counted_and_said_aloud():
+    plain = {"base": "normal"}
     with two_modes(6.0), pytest.warns(UserWarning, match="misses 1 of the 2 modes"):
-        approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+        approx = pm.fit(method="flow", random_seed=1, progressbar=False, inf_kwargs=plain)
     assert approx.fit_stats["modes"] == 2
     assert approx.fit_stats["modes_missed"] == 1
+
+
+@pytest.mark.slow
+def test_modes_that_nothing_joins_are_covered_by_a_base_that_is_a_mixture():
+    with two_modes(6.0, share=0.3):
+        approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+        draws = approx.sample(4000, random_seed=1)
+    assert approx.groups[0].base == Mixture(1, 2)
+    assert approx.fit_stats["modes"] == 2
+    assert approx.fit_stats["modes_missed"] == 0
+    right = draws.posterior["x"].values > 0
+    assert abs(right.mean() - 0.3) < 0.05
+    log_weights = (draws.sample_stats["log_p"] - draws.sample_stats["log_q"]).values
+    # two Gaussians of sd 1/2, whose heights add up to 1
+    assert abs(log_weights.mean() - np.log(0.5 * (2 * np.pi) ** 0.5)) < 0.05
+
+
+@pytest.mark.parametrize("flow", ["realnvp", "planar", "householder", "flow"])
+def test_components_are_put_where_the_flow_makes_given_gaussians_of_them(flow, python):
+    """Whatever the order in which a flow's first layers hand the elements on."""
+    with pm.Model():
+        pm.Normal("x", shape=3)
+        approx = NFVI(flow, base="mixture", n_components=2, n_layers=3, random_seed=1).approx
+    (group,) = approx.groups
+    rng = np.random.default_rng(0)
+    factor = np.tril(rng.normal(size=(3, 3)), k=-1) + np.diag([0.5, 1.0, 2.0])
+    group.restart(rng.normal(size=3), factor)
+    given = [(rng.normal(size=3) + 4 * sign, factor.T @ factor) for sign in (-1, 1)]
+    given = [(loc, np.linalg.cholesky(covariance)) for loc, covariance in given]
+    group.put_components(given)
+    noise = rng.normal(size=(20_000, 4))
+    x, log_q = pytensor.function([], group.draws_and_log_q(pt.constant(noise)), mode=python)()
+    density = [stats.multivariate_normal(loc, root @ root.T).pdf(x) for loc, root in given]
+    assert_allclose(log_q, np.log(np.mean(density, axis=0)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

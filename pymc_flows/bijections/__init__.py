@@ -2,6 +2,8 @@
 
 from pymc_flows.bijections.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pymc_flows.bijections.base import Bijection, Chain, Params, flatten, normal_log_density
+from pymc_flows.bijections.bases import Base, Mixture, StandardNormal, StudentT
+from pymc_flows.bijections.conditional import Conditional, Rows
 from pymc_flows.bijections.continuous import Continuous
 from pymc_flows.bijections.coupling import Additive, Affine, Coupling, Transformer
 from pymc_flows.bijections.elementwise import Loc, Scale, Tails
@@ -23,9 +25,11 @@ __all__ = [
     "LU",
     "Additive",
     "Affine",
+    "Base",
     "Bijection",
     "BlockAutoregressive",
     "Chain",
+    "Conditional",
     "Continuous",
     "Coupling",
     "DeepSigmoidal",
@@ -36,6 +40,7 @@ __all__ = [
     "LowRank",
     "LowerTriangular",
     "MaskedAutoregressive",
+    "Mixture",
     "Multiplicative",
     "Params",
     "Permutation",
@@ -43,7 +48,10 @@ __all__ = [
     "Radial",
     "RationalQuadratic",
     "Residual",
+    "Rows",
     "Scale",
+    "StandardNormal",
+    "StudentT",
     "Sylvester",
     "Tails",
     "Transformer",

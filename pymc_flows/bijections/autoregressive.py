@@ -12,7 +12,7 @@ import pytensor.tensor as pt
 from pytensor.tensor.linalg import solve_triangular
 
 from pymc_flows.bijections.base import Bijection, Params
-from pymc_flows.bijections.coupling import Affine, Transformer, _dense
+from pymc_flows.bijections.coupling import Affine, Transformer, _dense, with_context
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class _Masked(Bijection):
 
     transformer: Transformer = field(default_factory=Affine)
     hidden: tuple[int, ...] = (32, 32)
+    context_dim: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,15 +35,18 @@ class _Masked(Bijection):
     @functools.cached_property
     def _masks(self) -> list[np.ndarray]:
         """Which weights each dense layer may use, (n_in, n_out)."""
-        degrees = [np.arange(1, self.dim + 1)]
-        degrees += [1 + np.arange(width) * (self.dim - 1) // width for width in self.hidden]
-        out = np.tile(degrees[0], self.transformer.n_params)
+        elements = np.arange(1, self.dim + 1)
+        # a context has degree 0, as have the hidden units through which the first element sees it
+        least = 0 if self.context_dim else 1
+        degrees = [np.concatenate([elements, np.zeros(self.context_dim, dtype=int)])]
+        degrees += [least + np.arange(width) * (self.dim - least) // width for width in self.hidden]
+        out = np.tile(elements, self.transformer.n_params)
         masks = [i[:, None] <= j for i, j in itertools.pairwise(degrees)]
         return [*masks, degrees[-1][:, None] < out]
 
     def init(self, rng):
         """Draw hidden weights as Glorot & Bengio 2010 do; the output layer starts at zero."""
-        if self.dim == 1:
+        if self._sees_nothing:
             return {"b": np.zeros(self.transformer.n_params)}
         weights, last = {}, len(self.hidden)
         for i, mask in enumerate(self._masks):
@@ -51,9 +55,13 @@ class _Masked(Bijection):
             weights[f"b{i}"] = np.zeros(mask.shape[1])
         return weights
 
+    @property
+    def _sees_nothing(self):
+        return self.dim == 1 and not self.context_dim
+
     def _masked(self, params):
         """The weights as the masks let them be seen."""
-        if self.dim == 1:
+        if self._sees_nothing:
             return params
         masked = {f"w{i}": params[f"w{i}"] * mask for i, mask in enumerate(self._masks)}
         return {name: masked.get(name, params[name]) for name in params}
@@ -67,7 +75,7 @@ class _Masked(Bijection):
 
     def _conditioner(self, seen, weights):
         """Raw parameters (draws, n_params, dim) of the transformer."""
-        if self.dim == 1:
+        if self._sees_nothing:
             out = pt.zeros_like(seen) + weights["b"]
         else:
             out = self._layers(seen, weights)[-1]
@@ -80,22 +88,25 @@ class _Masked(Bijection):
         """
         transform = getattr(self.transformer, method)
 
-        def one_pass(guess, given, flat):
-            weights = self._masked(Params(flat, self.weight_shapes))
-            return transform(given, self._conditioner(guess, weights))[0]
+        def raw(guess, params):
+            return self._conditioner(with_context(guess, params), self._masked(params))
 
+        def one_pass(guess, given, flat, *context):
+            return transform(given, raw(guess, Params(flat, self.weight_shapes, *context)))[0]
+
+        context = [] if params.context is None else [params.context]
         guess = pt.zeros_like(given)
         if self.dim > 1:
             guess = pytensor.scan(
                 one_pass,
                 outputs_info=[guess],
-                non_sequences=[given, params.flat],
+                non_sequences=[given, params.flat, *context],
                 n_steps=self.dim - 1,
                 strict=True,
                 return_updates=False,
             )[-1]
             guess = pt.specify_shape(guess, given.type.shape)
-        return transform(given, self._conditioner(guess, self._masked(params)))
+        return transform(given, raw(guess, params))
 
 
 @dataclass(frozen=True)
@@ -113,11 +124,15 @@ class InverseAutoregressive(_Masked):
         What is done to each element.
     hidden : tuple of int
         Width of each hidden layer of the conditioner; empty for a linear one.
+    context_dim : int, default 0
+        Columns of the context, further inputs of the conditioner, seen by every element.
     """
 
     def forward(self, z, params):
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
-        x, log_det = self.transformer.forward(z, self._conditioner(z, self._masked(params)))
+        x, log_det = self.transformer.forward(
+            z, self._conditioner(with_context(z, params), self._masked(params))
+        )
         return x[:, ::-1], log_det
 
     def inverse(self, x, params):
@@ -127,28 +142,29 @@ class InverseAutoregressive(_Masked):
     def carry_score(self, z, score, params):
         """Map z to x; the score by back substitution, for the Jacobian is triangular."""
         weights = self._masked(params)
-        raw = self._conditioner(z, weights)
+        seen = with_context(z, params)
+        raw = self._conditioner(seen, weights)
         x, log_det = self.transformer.forward(z, raw)
         slope, bend = self.transformer.slope_and_bend(z, raw)
         if self.dim == 1:
             return x, log_det, (score - bend) / slope
         score = score - pt.grad(log_det.sum(), z)
-        jacobian = self._jacobian(z, weights, pt.grad(x.sum(), raw))
+        jacobian = self._jacobian(seen, weights, pt.grad(x.sum(), raw))
         jacobian = jacobian + np.eye(self.dim).astype(z.dtype) * slope[:, None]
         carried = solve_triangular(jacobian, score, lower=False, b_ndim=1)
         return x[:, ::-1], log_det, carried[:, ::-1]
 
-    def _jacobian(self, z, weights, slopes):
+    def _jacobian(self, seen, weights, slopes):
         """Slopes (draws, dim, dim) of x_j along z_i through the raw parameters.
 
         ``slopes`` (draws, n_params, dim) are those of x by them. They meet the output layer's weights
         before the sum over its inputs: no array is as large as dim x n_params x dim.
         """
-        *hidden, _ = self._layers(z, weights)
-        along = weights["w0"][None] if self.hidden else None
+        *hidden, _ = self._layers(seen, weights)
+        along = weights["w0"][None, : self.dim] if self.hidden else None
         for i, units in enumerate(hidden[1:-1]):
             along = (along * (1 - units**2)[:, None]) @ weights[f"w{i + 1}"]
-        last = weights[f"w{len(self.hidden)}"]
+        last = weights[f"w{len(self.hidden)}"] if self.hidden else weights["w0"][: self.dim]
         shape = (-1, self.transformer.n_params, self.dim)
         # [j, draw, unit]: the slope of x_j by a unit
         by_unit = slopes.transpose(2, 0, 1) @ last.reshape(shape).transpose(2, 1, 0)
@@ -173,6 +189,8 @@ class MaskedAutoregressive(_Masked):
         What is done to each element.
     hidden : tuple of int
         Width of each hidden layer of the conditioner; empty for a linear one.
+    context_dim : int, default 0
+        Columns of the context, further inputs of the conditioner, seen by every element.
     """
 
     def forward(self, z, params):
@@ -183,4 +201,5 @@ class MaskedAutoregressive(_Masked):
     def inverse(self, x, params):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         x = x[:, ::-1]
-        return self.transformer.inverse(x, self._conditioner(x, self._masked(params)))
+        raw = self._conditioner(with_context(x, params), self._masked(params))
+        return self.transformer.inverse(x, raw)

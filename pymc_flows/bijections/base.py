@@ -29,11 +29,16 @@ class Params(Mapping[str, TensorVariable]):
         Vector with one entry per weight.
     shapes : mapping of str to tuple of int
         Names and shapes in the order of the vector, as in ``Bijection.weight_shapes``.
+    context : TensorVariable, optional
+        (draws, context_dim), what layers with a ``context_dim`` are conditioned on, row by row.
     """
 
-    def __init__(self, flat: TensorVariable, shapes: Shapes) -> None:
+    def __init__(
+        self, flat: TensorVariable, shapes: Shapes, context: TensorVariable | None = None
+    ) -> None:
         self.flat = flat
         self.shapes = shapes
+        self.context = context
         ends = np.cumsum([_size(shape) for shape in shapes.values()])
         self._ends = dict(zip(shapes, ends.tolist(), strict=True))
 
@@ -80,6 +85,9 @@ class Bijection(abc.ABC):
 
     dim: int
     invertible: ClassVar[bool] = True
+    # numbers a draw that the map is conditioned on; a setting of the layers that can be. Without a
+    # type, for with one it would come first among the settings of those layers
+    context_dim = 0
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -166,6 +174,11 @@ class Chain(Bijection):
         object.__setattr__(self, "dim", dims[0])
 
     @property
+    def context_dim(self) -> int:  # type: ignore[override]
+        """The most that a layer is conditioned on; all that are, are on the same."""
+        return max(layer.context_dim for layer in self.layers)
+
+    @property
     def invertible(self) -> bool:  # type: ignore[override]
         """Whether every layer has an inverse."""
         return all(layer.invertible for layer in self.layers)
@@ -194,31 +207,35 @@ class Chain(Bijection):
         start = 0
         for layer in self.layers:
             end = start + layer.n_weights
-            yield layer, params.flat[start:end]
+            context = params.context if layer.context_dim else None
+            yield layer, params.flat[start:end], context
             start = end
 
     def _run(self, method, steps, x, *more):
         """Apply a method of each layer in turn to (x, *more); log-dets add."""
         log_det = pt.zeros_like(x[:, 0])
-        for layer, flat in steps:
-            x, own, *more = self._apply(layer, method, flat, x, *more)
+        for layer, flat, context in steps:
+            x, own, *more = self._apply(layer, method, flat, context, x, *more)
             log_det = log_det + own
         return x, log_det, *more
 
-    def _apply(self, layer, method, flat, *inputs):
+    def _apply(self, layer, method, flat, context, *inputs):
         if layer.n_weights and self.layers.count(layer) > 1:
             types = tuple(v.type for v in inputs)
-            kernel = _kernel(layer, method, types, flat.type, pytensor.config.floatX)
-            return kernel(*inputs, flat)
-        return getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes))
+            given = [] if context is None else [context]
+            context_types = tuple(v.type for v in given)
+            kernel = _kernel(layer, method, types, flat.type, context_types, pytensor.config.floatX)
+            return kernel(*inputs, flat, *given)
+        return getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes, context))
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(layer, method, types, flat_type, float_type):
+def _kernel(layer, method, types, flat_type, context_types, float_type):
     """One Op for all equal layers of a chain, so that each is rewritten and compiled only once.
 
     The type of PyTensor's own floats belongs to the key, for constants in the graph have it.
     """
     inputs, flat = [type_() for type_ in types], flat_type()
-    mapped = getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes))
-    return OpFromGraph([*inputs, flat], list(mapped))
+    given = [type_() for type_ in context_types]
+    mapped = getattr(layer, method)(*inputs, Params(flat, layer.weight_shapes, *given))
+    return OpFromGraph([*inputs, flat, *given], list(mapped))

@@ -108,10 +108,13 @@ class Coupling(Bijection):
         What is done to each transformed dimension.
     hidden : tuple of int
         Width of each hidden layer; empty for a linear conditioner.
+    context_dim : int, default 0
+        Columns of the context, further inputs of the conditioner.
     """
 
     transformer: Transformer = field(default_factory=Affine)
     hidden: tuple[int, ...] = (32, 32)
+    context_dim: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,11 +126,11 @@ class Coupling(Bijection):
         """Sizes of the conditioner's layers, from its input to its output."""
         n_conditioning = self.dim // 2
         n_out = self.transformer.n_params * (self.dim - n_conditioning)
-        return (n_conditioning, *self.hidden, n_out)
+        return (n_conditioning + self.context_dim, *self.hidden, n_out)
 
     def init(self, rng):
         """Draw hidden weights as Glorot & Bengio 2010 do; the output layer starts at zero."""
-        if self.dim == 1:
+        if not self._widths[0]:
             return {"b": np.zeros(self._widths[-1])}
         weights, last = {}, len(self.hidden)
         for i, (n_in, n_out) in enumerate(zip(self._widths[:-1], self._widths[1:], strict=True)):
@@ -137,10 +140,10 @@ class Coupling(Bijection):
         return weights
 
     def _conditioner(self, kept, params, like):
-        if self.dim == 1:
+        if not self._widths[0]:
             out = pt.zeros_like(like) + params["b"]
         else:
-            out = kept
+            out = with_context(kept, params)
             for i in range(len(self.hidden)):
                 out = pt.tanh(_dense(out, params, i))
             out = _dense(out, params, len(self.hidden))
@@ -182,6 +185,13 @@ class Coupling(Bijection):
             x[:, :n_transformed], self._conditioner(kept, params, x)
         )
         return _side_by_side(kept, transformed, x), log_det
+
+
+def with_context(seen, params):
+    """Put the context, where there is one, beside what else a conditioner sees (draws, columns)."""
+    if params.context is None:
+        return seen
+    return pt.concatenate([seen, params.context.astype(seen.dtype)], axis=1)
 
 
 def _dense(x, params, i):
