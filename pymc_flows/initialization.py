@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pymc_flows.importance import weigh
+from pymc_flows.importance import normalised, weigh
 
 Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -278,6 +278,27 @@ def fits(
         and max(found.clear_shift / 0.05, found.clear_change / 0.1) < 1
         and max(found.shift.max() / 0.05, found.change.max() / 0.1) < 1.5
     )
+
+
+def fit_together(
+    target: Density, gaussians: list[Gaussian], rng: np.random.Generator, n_draws: int = 2048
+) -> bool:
+    """Whether Gaussians about modes, in proportion to what their ELBOs say each holds, are near a posterior.
+
+    Their mixture's importance weights must leave an effective sample size above half the draws.
+    """
+    elbos = np.array([g.elbo for g in gaussians])
+    log_shares = elbos - np.logaddexp.reduce(elbos)
+    counts = rng.multinomial(n_draws, np.exp(log_shares))
+    dim = gaussians[0].loc.size
+    drawn = zip(gaussians, counts, strict=True)
+    x = np.concatenate([g.draws(rng.standard_normal((n, dim))) for g, n in drawn])
+    log_p, _ = target(x)
+    if not np.isfinite(log_p).all():
+        return False
+    parts = zip(gaussians, log_shares, strict=True)
+    log_q = np.logaddexp.reduce([share + g.log_density(g.whiten(x)) for g, share in parts])
+    return 1 / (normalised(log_p - log_q) ** 2).sum() > n_draws / 2
 
 
 def _first_points(target, initial, rng):

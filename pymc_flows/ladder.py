@@ -37,6 +37,7 @@ from pymc_flows.initialization import (
     around,
     balanced_noise,
     find_start,
+    fit_together,
     fits,
     gaussian_of,
 )
@@ -333,7 +334,7 @@ class Ladder:
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
         good = may_end and len(start.modes) == 1 and is_normal(alone)
         good = good and fits(density, start.gaussian, rng)
-        if alone is not None and len(start.modes) > 1 and self._may_mix(alone):
+        if alone is not None and self._mixes(alone, density, start, rng):
             self._place_mixture(alone, start)
         else:
             self._place(start.gaussian, good)
@@ -376,10 +377,15 @@ class Ladder:
                 group.restart(*gaussian.block(here), layers)
         self.approx.forget_functions()
 
-    def _may_mix(self, group: FlowGroup) -> bool:
-        """Whether a group's base is a mixture, or is left to the fit."""
+    def _mixes(self, group: FlowGroup, density, start: Start, rng) -> bool:
+        """Whether components of a mixture go to several modes: as asked for, or where each is near a Gaussian.
+
+        A flow bends all components at once: one mode alone is fitted better where they are bent apart.
+        """
+        if len(start.modes) < 2 or isinstance(group.base, Mixture):
+            return len(start.modes) > 1
         left = group.on_ladder and "base" not in group.flow_options
-        return isinstance(group.base, Mixture) or left
+        return left and fit_together(density, start.local, rng)
 
     def _place_mixture(self, group: FlowGroup, start: Start) -> None:
         """Put a flow around several modes, and a component of its base at each."""
