@@ -46,7 +46,7 @@ def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
     ------
     TypeError
         If ``approx`` is no approximation, or a layer or an option can't be written to a file: one of a
-        class of your own.
+        class of your own; or if a group has a context.
     """
     approx = with_density(approx)
     arrays: dict[str, np.ndarray] = {}
@@ -128,6 +128,10 @@ def load(
 
 def _of_group(group, label, arrays) -> dict[str, Any]:
     """What makes a group, as plain data; arrays are put aside under the label."""
+    if getattr(group, "context", None) is not None:
+        raise TypeError(
+            f"groups must have no context to be saved, got {group}: its data are not the file's"
+        )
     ordering = [
         [name, list(shape), str(dtype)] for name, _, shape, dtype in group.ordering.values()
     ]

@@ -241,3 +241,13 @@ def test_no_pickle_and_versions_are_in_the_file(kept):
         record = json.loads(dataset.attrs["fit"])
     assert record["versions"]["pymc"] == pm.__version__
     assert record["model"]["free"]["b"]["distribution"] == "HalfNormalRV"
+
+
+def test_a_group_with_a_context_says_that_it_is_not_saved(tmp_path):
+    with pm.Model() as built:
+        z = pm.Normal("z", shape=3)
+        pm.Normal("y", z, observed=np.zeros(3))
+        group = pm.Group([z], vfam="iaf", context=np.ones((3, 1)))
+    with pytest.raises(TypeError, match="groups must have no context to be saved"):
+        save(FlowApproximation([group], model=built), tmp_path / "fit.nc")
+    assert not list(tmp_path.iterdir())
