@@ -8,7 +8,7 @@ demo: .venv/demo.installed
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .

@@ -177,7 +177,9 @@ class Step:
         self.n_accepted = 0
         self.running_norm = math.inf
 
-        rate, clip, learn = pt.scalar("rate"), pt.scalar("clip"), pt.scalar("learn")
+        # one input, for each costs a call some tens of microseconds
+        controls = pt.vector("controls", shape=(5,))
+        temper, kl_weight, rate, clip, learn = (controls[i] for i in range(5))
         norm = pt.sqrt(sum((g**2).sum() for g in objective.gradients))
         shrink = pt.minimum(1, clip / pt.maximum(norm, np.finfo(rate.dtype).tiny))
         gradients = [(g * shrink).astype(g.dtype) for g in objective.gradients]
@@ -196,17 +198,10 @@ class Step:
             self.density_shapes = [d.type.shape for d in objective.density]
         self.updated = list(updates)
         self.function = compile_function(
-            [
-                *objective.noise,
-                *objective.density,
-                objective.temper,
-                objective.kl_weight,
-                rate,
-                clip,
-                learn,
-            ],
+            [*objective.noise, *objective.density, controls],
             [objective.loss, objective.n_valid, norm, ok, objective.x, objective.log_weights],
             updates=updates,
+            givens={objective.temper: temper, objective.kl_weight: kl_weight},
             random_seed=seed,
             backend=backend,
             compile_kwargs=compile_kwargs,
@@ -222,11 +217,7 @@ class Step:
             before = [s.get_value() for s in shared]
             density = self.density_shapes if self.targets else []
             density = [np.zeros(shape, dtype=pytensor.config.floatX) for shape in density]
-            function(
-                *self._zeros(),
-                *density,
-                *(floatX(np.asarray(v)) for v in (1.0, 1.0, 0.0, 0.0, 0.0)),
-            )
+            function(*self._zeros(), *density, floatX(np.array([1.0, 1.0, 0.0, 0.0, 0.0])))
             for variable, value in zip(shared, before, strict=True):
                 variable.set_value(value)
 
@@ -264,9 +255,7 @@ class Step:
             density = [floatX(part) for target in self.targets for part in target(x)]
         else:
             self.evaluations += self.n_draws
-        return self.function(
-            *noise, *density, *(floatX(np.asarray(v)) for v in (*powers, rate, clip, learn))
-        )
+        return self.function(*noise, *density, floatX(np.array([*powers, rate, clip, learn])))
 
     def judge(self, seed: int, n_batches: int) -> Judgement:
         """Draw afresh from the present parameters and weigh the draws.
