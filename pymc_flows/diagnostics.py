@@ -319,7 +319,7 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
     reasons, advice = [], []
     if numbers["modes_missed"]:
         reasons.append(f"the fit leaves out {numbers['modes_missed']} modes that the search found")
-        advice.append("fit with n_restarts=4, or annealing=2000, or sample with NUTS")
+        advice.append("fit with base='mixture', or n_restarts=4, or annealing=2000, or use NUTS")
     if numbers["restarts_agree"] is False:
         reasons.append("fits from other starts ended elsewhere")
         advice.append('see fit_stats["restarts"]: there may be several modes')
