@@ -17,8 +17,8 @@ Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 FULL_MAX_DIM = 300
 N_CLIMBERS = 8
-# further climbs, as many, for as long as each finds another mode beside several
-MOST_ROUNDS = 4
+# further rounds of as many climbs, where the first ended in several modes
+MORE_ROUNDS = 4
 MEMORY = 20
 # nats that a Gaussian around several modes may lie below one at the best of them
 MOST_BETWEEN = 30.0
@@ -189,14 +189,12 @@ def _modes(target, initial, rng, climb, gaussian):
     """Modes (modes, dim) that climbs ended in; where there are several, more climbs look for others."""
     points, log_p = climb.x, climb.log_p
     modes = _apart(points, log_p, gaussian)
-    for _ in range(MOST_ROUNDS if len(modes) > 1 else 0):
+    for _ in range(MORE_ROUNDS if len(modes) > 1 else 0):
         further = _Climb(target, *_first_points(target, initial, rng))
         further.run()
         points = np.concatenate([points, further.x])
         log_p = np.concatenate([log_p, further.log_p])
-        n_before, modes = len(modes), _apart(points, log_p, gaussian)
-        if len(modes) <= n_before:
-            break
+        modes = _apart(points, log_p, gaussian)
     return modes
 
 
