@@ -494,8 +494,7 @@ def mnf(
         Standard deviations of the weights at first, given the multipliers, relative to the spread of
         their means (Glorot & Bengio 2010).
     n_statistics : int, default 16
-        Numbers by which r(z|W) knows W: more tighten the bound. The paper has one, with which a
-        narrow matrix's multipliers gain little over mean field.
+        Numbers by which r(z|W) knows W; the paper has one. More let r follow W more closely.
     """
     rows, _ = shape
     spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
