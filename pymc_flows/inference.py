@@ -28,7 +28,7 @@ from pymc_flows.objective import GRADIENTS
 
 DEFAULT_STEPS = 5000
 # draws a step, the second where draws are evaluated one by one
-DEFAULT_DRAWS, FEWER_DRAWS = 64, 16
+DEFAULT_DRAWS, FEWER_DRAWS = 64, 32
 DEFAULT_RATE = 1e-2
 REFINE_RATE = 0.2
 # a side from which on several threads speed up a matrix's factorisation
@@ -177,7 +177,7 @@ class NFVI(Inference):
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
         obj_n_mc : int, optional
-            Draws a step. By default 64, or 16 where the model's matrices are so large that draws are
+            Draws a step. By default 64, or 32 where the model's matrices are so large that draws are
             evaluated one by one; and eight times that in a second stage, in which ``flow`` also has
             more layers (unless there are callbacks, which may count on the weights' shape), where the
             weights of what the first reached are uneven.

@@ -41,7 +41,7 @@ from pymc_flows.initialization import (
     fits,
     gaussian_of,
 )
-from pymc_flows.log_density import compiles_slowly, has_large_matrices, has_minibatch
+from pymc_flows.log_density import has_large_matrices, has_minibatch
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import Pulled, Target, build_objective, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
@@ -236,11 +236,11 @@ class Ladder:
     def _splits(self, target, n_draws):
         """Whether a step calls the model's density, and does not have it compiled in once more."""
         # a model that JAX can't compile must not take the flow with it; nor a flow that NumPy runs the
-        # model; and what takes long to compile is compiled once, for all
+        # model; and a loop over draws takes long to compile, and gains nothing by it
         if self.settings.kl_warmup:
             return False  # it weighs the prior apart
         interprets = self._interprets and n_draws <= FEW_DRAWS
-        return target.fell_back or interprets or compiles_slowly(self.approx.model)
+        return target.fell_back or interprets or has_large_matrices(self.approx.model)
 
     @property
     def _interprets(self):
@@ -267,7 +267,7 @@ class Ladder:
         if self.target is not None:
             return
         with self.approx.model, self._timed("compile"):
-            steps_call_it = self._interprets or compiles_slowly(self.approx.model)
+            steps_call_it = self._interprets or has_large_matrices(self.approx.model)
             self.target = self._target(n_draws if steps_call_it else max(n_draws, BATCH))
             if self.target.fell_back and n_draws < self.target.n_draws:
                 self.target = self._target(n_draws)

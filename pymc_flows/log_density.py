@@ -30,7 +30,6 @@ from pytensor.tensor.variable import TensorVariable
 
 # elements of a draw's matrix, of which 64 together no longer fit into a cache
 LARGE_MATRIX = 2**13
-LINALG = "pytensor.tensor.linalg."
 
 
 def value_slices(approx: Approximation, x: TensorVariable) -> dict[str, TensorVariable]:
@@ -147,15 +146,6 @@ def largest_side(model: Model) -> float:
         for n in shape
     ]
     return max(sides, default=0)
-
-
-def compiles_slowly(model: Model) -> bool:
-    """Whether a model has loops or matrix algebra, so that its density takes seconds to compile."""
-    if has_large_matrices(model):
-        return True  # it is looped over
-    nodes = {variable.owner for variable in ancestors([model.logp()]) if variable.owner}
-    ops = [n.op.core_op if isinstance(n.op, Blockwise) else n.op for n in nodes]
-    return any(isinstance(op, Scan) or type(op).__module__.startswith(LINALG) for op in ops)
 
 
 def has_large_matrices(model: Model) -> bool:
