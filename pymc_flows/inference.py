@@ -22,13 +22,12 @@ from pymc_flows.bijections import Bijection
 from pymc_flows.compilation import prefers_jax
 from pymc_flows.families import FAMILIES, MATRIX_FAMILIES, canonical, is_matrix_family, nearest
 from pymc_flows.ladder import Ladder, Settings, climb_again
-from pymc_flows.log_density import has_large_matrices, largest_side
+from pymc_flows.log_density import largest_side
 from pymc_flows.multiplicative import MNFGroup, by_layers
 from pymc_flows.objective import GRADIENTS
 
 DEFAULT_STEPS = 5000
-# draws a step, the second where draws are evaluated one by one
-DEFAULT_DRAWS, FEWER_DRAWS = 64, 32
+DEFAULT_DRAWS = 64
 DEFAULT_RATE = 1e-2
 REFINE_RATE = 0.2
 # a side from which on several threads speed up a matrix's factorisation
@@ -177,8 +176,7 @@ class NFVI(Inference):
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
         obj_n_mc : int, optional
-            Draws a step. By default 64, or 32 where the model's matrices are so large that draws are
-            evaluated one by one; and eight times that in a second stage, in which ``flow`` also has
+            Draws a step. By default 64, and 512 in a second stage, in which ``flow`` also has
             more layers (unless there are callbacks, which may count on the weights' shape), where the
             weights of what the first reached are uneven.
         obj_optimizer : callable, optional
@@ -203,7 +201,7 @@ class NFVI(Inference):
         """
         _check_fit_options(kwargs, self.approx)
         n = DEFAULT_STEPS if n is None else n
-        n_draws = _default_draws(self.approx.model) if obj_n_mc is None else obj_n_mc
+        n_draws = DEFAULT_DRAWS if obj_n_mc is None else obj_n_mc
         rate = DEFAULT_RATE if learning_rate is None else learning_rate
         if learning_rate is not None and obj_optimizer is not None:
             raise TypeError("learning_rate must not be given with obj_optimizer, which has its own")
@@ -328,10 +326,6 @@ class NFVI(Inference):
         assert self._ladder is not None
         assert self._ladder.step is not None
         return self._ladder.step.function.profile
-
-
-def _default_draws(model):
-    return FEWER_DRAWS if has_large_matrices(model) else DEFAULT_DRAWS
 
 
 def _few_threads(model, backend, compile_kwargs):

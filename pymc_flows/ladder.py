@@ -198,16 +198,12 @@ class Ladder:
     def judge(self) -> Judgement:
         """Fresh draws of what was reached, weighed; only where the model's density is fixed."""
         with self._timed("training"):
-            judgement = self._judge(self._seed(), self._thrifty(WEIGHED_DRAWS))
+            judgement = self._judge(self._seed(), WEIGHED_DRAWS)
             if judgement.weighing.ess < DOUBTFUL:
-                judgement = self._judge(self._seed(), self._thrifty(4 * WEIGHED_DRAWS))
+                judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
-
-    def _thrifty(self, n_draws):
-        """A quarter of the draws where each is dear."""
-        return n_draws // 4 if has_large_matrices(self.approx.model) else n_draws
 
     def _seed(self):
         return int(self.approx.rng.randint(2**30))
@@ -470,7 +466,7 @@ class Ladder:
         try:
             for name, state in run.states.items():
                 _set_values(params, state)
-                found[name] = self._judge(seed, self._thrifty(CHOICE_DRAWS)).elbo
+                found[name] = self._judge(seed, CHOICE_DRAWS).elbo
         except KeyboardInterrupt:
             self.interrupted = True
         best = max(found or ["last"], key=lambda name: found.get(name, -np.inf))
