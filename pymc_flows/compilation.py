@@ -59,8 +59,9 @@ def compile_function(
     compile_kwargs : dict, optional
         Passed on; its ``mode`` cannot be combined with ``backend``.
     interpret : bool, default False
-        Run in NumPy where :func:`may_interpret` allows: each call takes two to four times as long,
-        but a flow's first takes a second, where numba and C compile for a minute.
+        Run in NumPy where :func:`may_interpret` allows: each call takes several times as long
+        (RealNVP's step five to nine times numba's), but the first takes a second, where numba and C
+        compile for a minute.
     trial : callable, optional
         Calls the compiled function; JAX says what it can't do only then.
     **kwargs

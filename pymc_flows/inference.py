@@ -148,8 +148,8 @@ class NFVI(Inference):
             apart from its start: raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende
             & Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO. By
             default none, but 500, at most a third of ``n``, where the search for a start ended in
-            several modes and no base has components to put there. The Jacobians of the model's transforms are left as they are, except where
-            JAX can't compile the model.
+            several modes and no base has components to put there. The Jacobians of the model's
+            transforms are left as they are.
         kl_warmup : int, default 0
             Steps over which the weight of ``log q`` less the log prior grows to 1, while the likelihood
             counts in full: networks first fit their data, and prior and entropy come in by and by

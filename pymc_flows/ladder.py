@@ -50,8 +50,8 @@ from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure,
 BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
-# draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about half a
-# millisecond a layer and step, so at most the half minute or more that compiling it would take
+# draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about a
+# millisecond a layer and step, so at most the minute that compiling would take
 FEW_DRAWS, LITTLE_WORK = 128, 50_000
 # effective share of draws below which more are weighed, for one heavy draw can decide it
 DOUBTFUL = 0.9
