@@ -50,6 +50,19 @@ def test_a_badly_scaled_gaussian_is_found_exactly(seed):
     assert fits(target, start.gaussian, rng)
 
 
+@pytest.mark.parametrize("power", [170, 308])
+def test_a_far_too_wide_gaussian_is_judged_without_overflow(power):
+    """Its mean or its variance is beyond the largest float, which is no warning but a verdict."""
+
+    def steep(x):
+        log_p = np.where(x[:, 0] > 0, -float(f"1e{power}"), -1.0)
+        return log_p, np.zeros_like(x)
+
+    noise = balanced_noise(np.random.default_rng(0), 32, 2)
+    judged = judge(steep, Gaussian(np.zeros(2), np.ones(2)), noise)
+    assert (judged.elbo, judged.elbo_se) == (-np.inf, np.inf)
+
+
 def funnel(x):
     """Neal's funnel, (v, y1 ... y4), v with sd 3: its mode is far from its mass."""
     v, y = x[:, 0], x[:, 1:]
