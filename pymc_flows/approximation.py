@@ -62,7 +62,14 @@ from pymc_flows.families import (
     conditioned,
     nearest,
 )
-from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
+from pymc_flows.log_density import (
+    batch,
+    has_minibatch,
+    is_minibatched,
+    log_density,
+    minibatch_scale,
+    value_slices,
+)
 from pymc_flows.noncentering import Noncentering, find_noncentering
 
 # what a flow is and where it stands, beside the values of its parameters
@@ -104,8 +111,10 @@ class FlowGroup(Group):
         the context, makes that row of the variables, and all rows share its weights; new data of as
         many rows (``pm.set_data``) have their posterior without a further fit. May be ``pm.Data``, a
         ``pm.Minibatch``, or an expression of shared variables, which are trained too where
-        they are given to the fit as ``more_obj_params``. PyMC scales no latent variable's density up from a
-        minibatch: leave ``total_size`` off, and the objective is that of the batch's rows.
+        they are given to the fit as ``more_obj_params``. With a minibatch the objective is that of the
+        batch's rows, for PyMC scales no latent variable's density up: ``total_size`` of what is
+        observed must be the batch's. To draw, take the weights (``params[0].get_value()``) to a group of
+        the same family whose context is the data wanted.
     **kwargs
         The family's options.
 
@@ -114,7 +123,8 @@ class FlowGroup(Group):
     UnknownFlowError
         For a family, formula or option that does not exist.
     ValueError
-        If the context's rows are not the variables', or it is given with another base than the normal.
+        If the context's rows are not the variables'; if it is given with another base than the normal;
+        or if it is a minibatch, and what is observed is scaled up to all data.
     """
 
     __param_spec__ = {"weights": ("n",)}  # noqa: RUF012 - PyMC's own form
@@ -187,6 +197,14 @@ class FlowGroup(Group):
             if self.flow_options.get(option, plain) != plain:
                 raise ValueError(f"with a context, {option} must be {plain!r}")
         self.context = pt.specify_shape(self.context, (n_rows, n_columns))
+        if is_minibatched([self.context]):
+            for rv in self.model.observed_RVs:
+                scale = minibatch_scale(rv)
+                if scale != 1:
+                    raise ValueError(
+                        f"with a minibatch as context, total_size of {rv.name} must be the batch's, "
+                        f"as the latent variables' density is not scaled up; got {scale:g} times that"
+                    )
 
     def _built_flow(self):
         """Build the flow, for the whole group or, with a context, for every row of its variables."""
@@ -792,6 +810,7 @@ class FlowApproximation(Approximation):
     def flow_function(self, n_draws):
         """Noise of each group to x (draws, dim) and log q (draws,), compiled."""
         if n_draws not in self._functions:
+            self._refuse_minibatched_context()
             noise, x, log_q = self.draws_and_log_q(n_draws)
             zeros = [np.zeros(z.type.shape, dtype=z.dtype) for z in noise]
             self._functions[n_draws] = compile_function(
@@ -802,6 +821,16 @@ class FlowApproximation(Approximation):
                 trial=lambda compiled: compiled(*zeros),
             )
         return self._functions[n_draws]
+
+    def _refuse_minibatched_context(self):
+        """Raise where rows would be other data's from one call to the next."""
+        for group in self.groups:
+            context = getattr(group, "context", None)
+            if context is not None and is_minibatched([context]):
+                raise ValueError(
+                    f"the context of {group} must be fixed data to draw from it, got a minibatch: give "
+                    "its weights, params[0], to a group of the same family with the data wanted"
+                )
 
     @staticmethod
     def _data_sizes(model):

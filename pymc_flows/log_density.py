@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
+from pymc.data import MinibatchOp
 from pymc.logprob.utils import (
     local_check_parameter_to_ninf_switch,
     local_remove_check_parameter,
 )
 from pymc.model import Model
 from pymc.pytensorf import constant_fold
-from pymc.variational.minibatch_rv import MinibatchRandomVariable
+from pymc.variational.minibatch_rv import MinibatchRandomVariable, get_scaling
 from pymc.variational.opvi import Approximation
 from pytensor.conditional.op import IfElse
 from pytensor.graph.basic import Variable
@@ -276,8 +277,26 @@ def _fit_for_batches(graphs, check_bounds):
 
 
 def has_minibatch(model: Model) -> bool:
-    """Whether any variable's log density is scaled up from a minibatch."""
-    return any(
+    """Whether any variable's log density is that of a minibatch, scaled up or not."""
+    scaled = any(
         rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable)
         for rv in model.basic_RVs
+    )
+    data = [model.rvs_to_values[rv] for rv in model.observed_RVs]
+    return scaled or is_minibatched([*model.basic_RVs, *model.potentials, *data])
+
+
+def minibatch_scale(rv) -> float:
+    """By how much a variable's log density is scaled up."""
+    if rv.owner is None or not isinstance(rv.owner.op, MinibatchRandomVariable):
+        return 1.0
+    inner, *total_size = rv.owner.inputs
+    return float(get_scaling(total_size, inner.shape).eval(mode="FAST_COMPILE"))
+
+
+def is_minibatched(graphs) -> bool:
+    """Whether any graph draws a ``pm.Minibatch``."""
+    return any(
+        variable.owner is not None and isinstance(variable.owner.op, MinibatchOp)
+        for variable in ancestors(graphs)
     )

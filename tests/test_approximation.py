@@ -473,6 +473,43 @@ def test_new_rows_have_their_posterior_without_a_further_fit():
     assert_allclose(drawn.std(axis=0), 0.2**0.5, rtol=0.1)
 
 
+def minibatched(batch, total_size):
+    with pm.Model():
+        z = pm.Normal("z", shape=20)
+        pm.Normal("y", z, 0.5, observed=batch, total_size=total_size)
+        return FlowApproximation([pm.Group([z], vfam="iaf", context=batch[:, None], n_layers=1)], random_seed=1)  # fmt: skip
+
+
+def test_minibatches_amortise_and_their_weights_serve_other_data():
+    batch = pm.Minibatch(np.random.default_rng(0).normal(size=200) * 1.1, batch_size=20)
+    approx = minibatched(batch, total_size=20)
+    NFVI(approx).fit(800, learning_rate=5e-3, progressbar=False)
+    assert "ess" not in approx.fit_stats  # weights of draws of different batches would mean nothing
+    with pytest.raises(ValueError, match=r"context of .* must be fixed data to draw from it"):
+        approx.sample(10)
+    new = np.linspace(-1.5, 1.5, 20)
+    whole = amortised_group(amortised(new), n_layers=1)
+    whole.params[0].set_value(approx.params[0].get_value())
+    drawn = whole.sample(4000, random_seed=1).posterior["z"].values[0]
+    assert_allclose(drawn.mean(axis=0), 0.8 * new, atol=0.15)
+    assert_allclose(drawn.std(axis=0), 0.2**0.5, rtol=0.15)
+
+
+def test_a_minibatch_that_is_scaled_up_has_no_amortised_latents():
+    with pytest.raises(ValueError, match=r"total_size of y must be the batch's.*got 10 times"):
+        minibatched(pm.Minibatch(np.zeros(200), batch_size=20), total_size=200)
+
+
+def test_an_encoder_of_shared_variables_is_trained_too():
+    """The context itself is learned: a row's is its y times a weight that begins at the wrong sign."""
+    data = np.random.default_rng(0).normal(size=20) * 1.1
+    built, weight = amortised(data), pytensor.shared(-0.1, name="weight")
+    with built:
+        group = pm.Group([built["z"]], vfam="iaf", context=weight * built["seen"][:, None], n_layers=1)  # fmt: skip
+        NFVI([group], random_seed=1).fit(300, more_obj_params=[weight], progressbar=False)
+    assert abs(weight.get_value() + 0.1) > 0.01
+
+
 @pytest.mark.parametrize(
     ("context", "options", "message"),
     [
