@@ -50,7 +50,7 @@ CATALOGUE = {
     "radial": ("radial", {"n_layers": 32}, PLAIN),
     "sylvester": ("sylvester", {}, PLAIN),
     "glow": ("glow", {}, {**ANNEALED, "learning_rate": 2e-3, "n_restarts": 2}),
-    "iaf": ("iaf", {}, ANNEALED),
+    "iaf": ("iaf", {"n_layers": 8}, {**ANNEALED, "learning_rate": 2e-3}),
     "maf": ("maf", {}, ANNEALED),
     "nsf_autoregressive": ("nsf_autoregressive", {}, TWICE),
     "naf": ("naf", {}, PLAIN),
