@@ -3,7 +3,10 @@
 The log evidence is known by quadrature, so KL(q||p) = log Z - ELBO is absolute, in nats. ::
 
     python benchmarks/energies.py --output benchmarks/results/energies.md
-    python benchmarks/energies.py --flows catalogue --processes 2 --output benchmarks/results/catalogue.md
+    python benchmarks/energies.py --flows catalogue --processes 2 --keep fits --output benchmarks/results/catalogue.md
+    python benchmarks/energies.py --flows all --seeds 1 --processes 2 --keep fits --picture benchmarks/results/catalogue.png
+
+``--keep`` names a folder for what was fitted, which a further run takes from there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +62,7 @@ CATALOGUE = {
     "residual": ("residual", {}, PLAIN),
     "cnf": ("cnf", {}, PLAIN),
 }
-SETS = {"figure 3": FLOWS, "catalogue": CATALOGUE}
+SETS = {"figure 3": FLOWS, "catalogue": CATALOGUE, "all": FLOWS | CATALOGUE}
 DRAWS = 20_000
 
 
@@ -92,8 +96,8 @@ def model(name: str) -> pm.Model:
     return energy_model
 
 
-def divergence(name: str, flow: tuple, seed: int) -> dict[str, float]:
-    """Fit one flow to one energy: KL(q||p), its Monte Carlo error, and the seconds of the fit."""
+def divergence(name: str, flow: tuple, seed: int) -> dict[str, Any]:
+    """Fit one flow to one energy: KL(q||p), its Monte Carlo error, the fit's seconds, the draws."""
     logging.getLogger("pymc").setLevel(logging.WARNING)
     method, options, settings = flow
     started = time.perf_counter()
@@ -104,12 +108,14 @@ def divergence(name: str, flow: tuple, seed: int) -> dict[str, float]:
     seconds = time.perf_counter() - started
     if not isinstance(approx, FlowApproximation):
         approx = FlowApproximation(approx.groups, model=approx.model)
-    stats = approx.sample(DRAWS, random_seed=seed).sample_stats
+    drawn = approx.sample(DRAWS, random_seed=seed)
+    stats, posterior = drawn.sample_stats, drawn.posterior
     excess = (stats["log_q"] - stats["log_p"]).to_numpy()
     return {
         "kl": LOG_EVIDENCE[name] + excess.mean(),
         "error": excess.std() / excess.size**0.5,
         "seconds": seconds,
+        "draws": np.stack([posterior["z1"][0], posterior["z2"][0]], axis=1).astype("float32"),
     }
 
 
@@ -158,22 +164,56 @@ Settings, all else at its default:
 """
 
 
-def run(seeds: list[int], flows: dict, processes: int) -> pd.DataFrame:
+def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.DataFrame:
     """Fit each flow to each energy with each seed, in fresh processes."""
-    rows = []
+    rows, waiting = [], {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting = {
-            pool.submit(divergence, name, flows[flow], seed): (seed, name, flow)
-            for seed, name, flow in itertools.product(seeds, LOG_EVIDENCE, flows)
-        }
-        for done in as_completed(waiting):
-            seed, name, flow = waiting[done]
-            found = done.result()
+        for seed, name, flow in itertools.product(seeds, LOG_EVIDENCE, flows):
+            kept = keep and keep / f"{seed} {name} {flow}.npz"
+            if kept and kept.exists():
+                with np.load(kept) as found:
+                    rows.append({"seed": seed, "energy": name, "flow": flow, **found})
+            else:
+                fit = pool.submit(divergence, name, flows[flow], seed)
+                waiting[fit] = seed, name, flow, kept
+        for fit in as_completed(waiting):
+            seed, name, flow, kept = waiting[fit]
+            found = fit.result()
             rows.append({"seed": seed, "energy": name, "flow": flow, **found})
             took = f"{found['kl']:.3f} nats in {found['seconds']:.0f} s"
             print(f"seed {seed}, {name}, {flow}: {took}", flush=True)
-    return pd.DataFrame(rows)
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(kept, **found)
+    return pd.DataFrame(rows).astype({"kl": float, "error": float, "seconds": float})
+
+
+def picture(results: pd.DataFrame, flows: dict, path: Path) -> None:
+    """Draw the densities of the first seed's fits beside the energies: a row each, a column a flow."""
+    import matplotlib.pyplot as plt
+
+    first = results[results["seed"] == results["seed"].min()].set_index(["energy", "flow"])
+    edges = np.linspace(-4, 4, 101)
+    middle = (edges[1:] + edges[:-1]) / 2
+    z1, z2 = pt.matrices("z1", "z2")
+    places = dict(zip([z1, z2], np.meshgrid(middle, middle), strict=True))
+    size = (1.05 * (1 + len(flows)), 1.05 * len(LOG_EVIDENCE) + 0.5)
+    figure, panels = plt.subplots(len(LOG_EVIDENCE), 1 + len(flows), figsize=size)
+    for row, name in zip(panels, LOG_EVIDENCE, strict=True):
+        exact = np.exp(-energy(name, z1, z2).eval(places))
+        row[0].imshow(exact, origin="lower", cmap="Greys")
+        row[0].set_ylabel(name)
+        for axes, flow in zip(row[1:], flows, strict=True):
+            counts, _, _ = np.histogram2d(*first.loc[(name, flow), "draws"].T, bins=edges)
+            axes.imshow(counts.T, origin="lower", cmap="Greys")
+            axes.set_xlabel(f"{first.loc[(name, flow), 'kl']:.3f}", fontsize=8)
+    for axes, flow in zip(panels[0], ["exact", *flows], strict=True):
+        axes.set_title(flow.replace(", ", "\n").replace("_", "\n"), fontsize=8)
+    for axes in panels.ravel():
+        axes.set(xticks=[], yticks=[])
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -181,15 +221,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--flows", choices=list(SETS), default="figure 3")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     flows = SETS[options.flows]
-    results = run(options.seeds, flows, options.processes)
+    results = run(options.seeds, flows, options.processes, options.keep)
     text = report(results, options.seeds, flows, options.processes)
     print(f"\n{text}")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
+    if options.picture:
+        picture(results, flows, options.picture)
 
 
 if __name__ == "__main__":

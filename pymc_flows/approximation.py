@@ -669,6 +669,7 @@ class FlowApproximation(Approximation):
         log_q, log_base : TensorVariable
             (draws,), of x, and of the zs under the groups' bases, in nats.
         """
+        self._refuse_minibatched_context()
         found = [_map_base_of_group(group, z) for group, z in zip(self.groups, zs, strict=True)]
         xs, log_qs, log_bases = zip(*found, strict=True)
         x = xs[0] if len(xs) == 1 else pt.concatenate(xs, axis=1)
@@ -828,7 +829,7 @@ class FlowApproximation(Approximation):
             context = getattr(group, "context", None)
             if context is not None and is_minibatched([context]):
                 raise ValueError(
-                    f"the context of {group} must be fixed data to draw from it, got a minibatch: give "
+                    f"the context of {group} must be fixed data outside a fit, got a minibatch: give "
                     "its weights, params[0], to a group of the same family with the data wanted"
                 )
 
@@ -891,6 +892,7 @@ class FlowApproximation(Approximation):
     def _log_density_function(self, constrained, shapes):
         if (key := ("log_density", constrained)) in self._functions:
             return self._functions[key]
+        self._refuse_minibatched_context()
         model = self.model
         rows = [
             pt.tensor(name, shape=(CHUNK_DRAWS, *shape), dtype=pytensor.config.floatX)

@@ -21,13 +21,13 @@ import pytensor.tensor as pt
 import xarray as xr
 from pymc.model.fgraph import clone_model
 from pymc.progress_bar import CustomProgress
-from pymc.variational.minibatch_rv import MinibatchRandomVariable
 from rich.progress import Progress
 from xarray import DataTree
 
 from pymc_flows.approximation import with_density
 from pymc_flows.compare import Scalars
 from pymc_flows.importance import smooth
+from pymc_flows.log_density import is_of_minibatch
 from pymc_flows.registration import fit as fit_model
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _check_simulable(model) -> None:
         names = [potential.name for potential in model.potentials]
         raise ValueError(f"the model must have no potentials, which nothing simulates, got {names}")
     for rv in model.observed_RVs:
-        if isinstance(rv.owner.op, MinibatchRandomVariable):
+        if is_of_minibatch(rv, model):
             raise ValueError(
                 f"the model must have all its data at once, got a minibatch of {rv.name!r}"
             )

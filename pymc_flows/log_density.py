@@ -277,13 +277,16 @@ def _fit_for_batches(graphs, check_bounds):
 
 
 def has_minibatch(model: Model) -> bool:
-    """Whether any variable's log density is that of a minibatch, scaled up or not."""
-    scaled = any(
-        rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable)
-        for rv in model.basic_RVs
+    """Whether the log density is that of a minibatch, scaled up or not."""
+    return any(is_of_minibatch(rv, model) for rv in model.basic_RVs) or is_minibatched(
+        model.potentials
     )
-    data = [model.rvs_to_values[rv] for rv in model.observed_RVs]
-    return scaled or is_minibatched([*model.basic_RVs, *model.potentials, *data])
+
+
+def is_of_minibatch(rv: TensorVariable, model: Model) -> bool:
+    """Whether a variable's log density is that of a minibatch, scaled up or not."""
+    scaled = rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable)
+    return scaled or is_minibatched([rv, model.rvs_to_values[rv]])
 
 
 def minibatch_scale(rv) -> float:

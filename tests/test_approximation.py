@@ -485,8 +485,10 @@ def test_minibatches_amortise_and_their_weights_serve_other_data():
     approx = minibatched(batch, total_size=20)
     NFVI(approx).fit(800, learning_rate=5e-3, progressbar=False)
     assert "ess" not in approx.fit_stats  # weights of draws of different batches would mean nothing
-    with pytest.raises(ValueError, match=r"context of .* must be fixed data to draw from it"):
+    with pytest.raises(ValueError, match=r"context of .* must be fixed data outside a fit"):
         approx.sample(10)
+    with pytest.raises(ValueError, match=r"context of .* must be fixed data outside a fit"):
+        approx.log_density({"z": np.zeros((3, 20))})
     new = np.linspace(-1.5, 1.5, 20)
     whole = amortised_group(amortised(new), n_layers=1)
     whole.params[0].set_value(approx.params[0].get_value())
