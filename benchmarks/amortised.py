@@ -25,11 +25,11 @@ import pymc_flows as pmf
 
 TOP, BOTTOM, HIDDEN = 2, 6, 32
 BATCH, N_TEST = 100, 397
-FIT = {"n": 6000, "obj_n_mc": 4, "learning_rate": 3e-3, "patience": 0}
+FIT = {"n": 3000, "obj_n_mc": 4, "learning_rate": 3e-3, "patience": 0}
 MEAN_FIELD = "mean field"
 FLOWS = {
     MEAN_FIELD: ("scale", {}),
-    **{f"planar, {k} layers": ("planar", {"n_layers": k}) for k in (2, 8, 32)},
+    **{f"planar, {k} layers": ("planar", {"n_layers": k}) for k in (4, 16)},
     **{f"iaf, {k} layers": ("iaf", {"n_layers": k}) for k in (1, 2, 4)},
 }
 DRAWS = 200

@@ -472,11 +472,12 @@ def mnf(
     dropout: float = 0.1,
     sigma: float = 0.1,
     n_statistics: int = 16,
+    rowwise: bool = True,
 ) -> Multiplicative:
     """Matrices whose rows have random multipliers (Louizos & Welling 2017, arXiv:1703.01961).
 
-    The multipliers go through gated couplings; the auxiliary r(z|W) has gated couplings of its own,
-    between the standardization of the multipliers and an affine map.
+    The multipliers go through gated couplings; the auxiliary r(z|W) standardizes them and has gated
+    couplings of its own, then an affine map.
 
     Parameters
     ----------
@@ -495,18 +496,27 @@ def mnf(
         their means (Glorot & Bengio 2010).
     n_statistics : int, default 16
         Numbers by which r(z|W) knows W; the paper has one. More let r follow W more closely.
+    rowwise : bool, default True
+        Whether r(z|W) also knows what each row tells of its own multiplier, which is most of what there
+        is to know; False is the paper's r.
     """
     rows, _ = shape
+    if not isinstance(rowwise, bool):
+        raise ValueError(f"rowwise must be True or False, got {rowwise!r}")
     spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
     standardized = Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))
     auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
     return Multiplicative(
         shape,
         flow=Chain(_gates(rows, _at_least_one(n_layers=n_layers), hidden)),
-        auxiliary=Chain([standardized, *auxiliary, *_affine(rows, "diagonal")]),
+        # what is rowwise is in units of its own
+        auxiliary=Chain(
+            [*([] if rowwise else [standardized]), *auxiliary, *_affine(rows, "diagonal")]
+        ),
         dropout=dropout,
         sigma=sigma,
         n_statistics=_at_least_one(n_statistics=n_statistics),
+        rowwise=rowwise,
     )
 
 

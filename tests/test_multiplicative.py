@@ -102,9 +102,11 @@ def gates(layers, z, flat):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (4, 3)])
 @pytest.mark.parametrize("n_statistics", [1, 3])
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics):
-    """The paper's r has one statistic of W; several add up."""
-    layer = mnf(shape, **{**SMALL, "n_statistics": n_statistics}, dropout=0.3)
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, rowwise):
+    """The paper's r has one statistic of W, several add up; rowwise, it sees z less what rows tell."""
+    options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise}
+    layer = mnf(shape, **options, dropout=0.3)
     rows, columns = shape
     noise = np.random.default_rng(4).normal(size=(16, layer.noise_dim))
     flat = perturbed(layer, scale)
@@ -115,8 +117,14 @@ def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics):
     mean, sd = z[:, :, None] * w["mean"], np.exp(w["log_sd"])
     matrix = mean + sd * noise[:, rows:].reshape(-1, rows, columns)
     log_q_w = stats.norm.logpdf(matrix, mean, sd).sum(axis=(1, 2))
-    z_b, log_det_r = gates(layer.auxiliary.layers, z, w["auxiliary"])
-    log_r = log_det_r.copy()
+    seen, log_scale = z, 0.0
+    if rowwise:
+        # Bayes's rule for the multiplier of a row's regression on its means
+        variance = 1 / (np.exp(w["r_log_precision"]) + (w["mean"] ** 2 / sd**2).sum(axis=1))
+        told = (matrix * w["mean"] / sd**2).sum(axis=2) + np.exp(w["r_log_precision"]) * w["r_mean"]
+        seen, log_scale = (z - variance * told) / variance**0.5, -np.log(variance).sum() / 2
+    z_b, log_det_r = gates(layer.auxiliary.layers, seen, w["auxiliary"])
+    log_r = log_det_r + log_scale
     for d in range(len(z)):
         each = range(n_statistics)
         a = [[np.tanh(w["c"][k] @ matrix[d, :, j]) for j in range(columns)] for k in each]
@@ -131,6 +139,24 @@ def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics):
     drawn, log_q = found(noise, flat)
     assert_allclose(drawn, matrix.reshape(len(z), -1), rtol=0, atol=1e-10)
     assert_allclose(log_q, log_q_w + log_q_z - log_r, rtol=1e-10, atol=1e-10)
+
+
+def test_rowwise_auxiliary_is_exact_for_gaussian_multipliers():
+    """Rows are then Gaussian, of covariance sd_z² μμ' + σ² I, and log_q is their log density."""
+    rows, columns = 3, 4
+    layer = Multiplicative((rows, columns), Loc(rows), Loc(rows), dropout=0.3, rowwise=True)
+    weights = layer.init(np.random.default_rng(0))
+    weights["log_sd"] = np.random.default_rng(1).normal(-1, 0.5, size=(rows, columns))
+    noise = np.random.default_rng(2).normal(size=(10, layer.noise_dim))
+    n, p = pt.matrix(shape=noise.shape), pt.vector(shape=(layer.n_weights,))
+    found = pytensor.function([n, p], layer.draw(n, Params(p, layer.weight_shapes)), mode=PYTHON)
+    drawn, log_q = found(noise, flatten(weights))
+    exact = 0.0
+    for i, mean in enumerate(weights["mean"]):
+        cov = 0.3 / 0.7 * np.outer(mean, mean) + np.diag(np.exp(2 * weights["log_sd"][i]))
+        row = drawn.reshape(10, rows, columns)[:, i]
+        exact = exact + stats.multivariate_normal(mean, cov).logpdf(row)
+    assert_allclose(log_q, exact, rtol=1e-10)
 
 
 def test_rows_of_kernels_are_their_first_dimension():
@@ -165,6 +191,7 @@ def test_extreme_weights_and_noise_stay_finite(size):
         ({"n_auxiliary_layers": 0}, "n_auxiliary_layers must be a whole number of at least 1"),
         ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
         ({"n_statistics": 0}, "n_statistics must be a whole number of at least 1, got 0"),
+        ({"rowwise": 1}, "rowwise must be True or False, got 1"),
         ({"dropout": 1.0}, "dropout must be between 0 and 1, got 1.0"),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
     ],
@@ -291,8 +318,9 @@ def test_bound_is_below_a_known_evidence(python):
 def test_bound_tightens_with_the_capacity_of_r():
     """Of one q, train r alone: first blind to W, then whole; judge on other draws."""
     layer = mnf(
-        (3, 4), n_layers=2, n_auxiliary_layers=1, hidden=5, dropout=0.5, sigma=0.05, n_statistics=1
-    )
+        (3, 4), n_layers=2, n_auxiliary_layers=1, hidden=5, dropout=0.5, sigma=0.05, n_statistics=1,
+        rowwise=False,
+    )  # fmt: skip
     weights = layer.init(np.random.default_rng(1))
     weights["flow"] += np.random.default_rng(2).normal(size=weights["flow"].size)
     flat = flatten(weights)

@@ -107,6 +107,12 @@ class Multiplicative:
     c_ki W_ij)``, r is a Gaussian of z_b whose mean is ``Σ_k b1_ki avg_j(a_jk)`` and whose log precision
     ``Σ_k b2_ki avg_j(a_jk)``. The paper has one statistic, k = 1; a single number tells little of W.
 
+    Nor can any number of them tell r what each row tells of its own multiplier, and where r does not
+    know, the bound is raised by keeping the multipliers from varying: the posterior ends as mean
+    field. So with ``rowwise``, r sees ``z_i`` in units of its law given row i alone,
+    ``(z_i - E[z_i|W_i]) / sd[z_i|W_i]``, as conjugacy has it for a Gaussian ``z_i`` whose mean and
+    precision are r's to learn. For multipliers that are Gaussian and independent, r is then exact.
+
     Parameters
     ----------
     shape : tuple of int
@@ -121,6 +127,8 @@ class Multiplicative:
         2010, ``(2 / (rows + columns))^½``, at which the means start.
     n_statistics : int, default 1
         Numbers by which r knows W.
+    rowwise : bool, default False
+        Whether r also knows what each row tells of its multiplier; the paper's does not.
     """
 
     shape: tuple[int, int]
@@ -129,6 +137,7 @@ class Multiplicative:
     dropout: float = 0.1
     sigma: float = 0.1
     n_statistics: int = 1
+    rowwise: bool = False
 
     def __post_init__(self):
         if len(self.shape) != 2 or min(self.shape) < 1:
@@ -155,6 +164,10 @@ class Multiplicative:
         spread = (2 / (rows + columns)) ** 0.5
         z_sd = (self.dropout / (1 - self.dropout)) ** 0.5
         flow, auxiliary = (flatten(layer.init(rng)) for layer in (self.flow, self.auxiliary))
+        of_rows = {
+            "r_mean": np.ones(rows),
+            "r_log_precision": np.full(rows, -2 * np.log(z_sd)),
+        }
         return {
             "mean": spread * rng.normal(size=self.shape),
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
@@ -166,6 +179,7 @@ class Multiplicative:
             "b2": np.zeros((self.n_statistics, rows)),
             "flow": flow,
             "auxiliary": auxiliary,
+            **(of_rows if self.rowwise else {}),
         }
 
     @functools.cached_property
@@ -212,6 +226,7 @@ class Multiplicative:
     def log_auxiliary(self, z, w, params):
         """``ln r(z|W)`` (draws,) of z (draws, rows) and W (draws, rows, columns), in nats."""
         flat = Params(params["auxiliary"], self.auxiliary.weight_shapes)
+        z, log_scale = self._by_row(z, w, params) if self.rowwise else (z, 0.0)
         z_b, log_det = self.auxiliary.forward(z, flat)
         # neither b depends on the column, so what is averaged over columns is a_jk alone
         rows, columns = self.shape
@@ -219,4 +234,12 @@ class Multiplicative:
         a = pt.tanh(by_column.reshape((-1, columns, self.n_statistics))).mean(axis=1)
         log_precision = a @ params["b2"]
         away = (z_b - a @ params["b1"]) * pt.exp(log_precision / 2)
-        return normal_log_density(away) + log_precision.sum(axis=1) / 2 + log_det
+        return normal_log_density(away) + log_precision.sum(axis=1) / 2 + log_det + log_scale
+
+    def _by_row(self, z, w, params):
+        """Standardise z (draws, rows) by its Gaussian law given each row of W; log-det, a scalar."""
+        mean, weight = params["mean"], pt.exp(-2 * params["log_sd"])
+        prior = pt.exp(params["r_log_precision"])
+        precision = prior + (mean**2 * weight).sum(axis=1)
+        told = prior * params["r_mean"] + (mean * weight * w).sum(axis=2)
+        return (z - told / precision) * pt.sqrt(precision), pt.log(precision).sum() / 2
