@@ -189,31 +189,37 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
     return pd.DataFrame(rows).astype({"kl": float, "error": float, "seconds": float})
 
 
-def picture(results: pd.DataFrame, flows: dict, path: Path) -> None:
-    """Draw the densities of the first seed's fits beside the energies: a row each, a column a flow."""
+def picture(results: pd.DataFrame, flows: dict, path: Path, n_columns: int = 9) -> None:
+    """Draw the densities of the first seed's fits, and the energies': a column each, in blocks."""
     import matplotlib.pyplot as plt
 
     first = results[results["seed"] == results["seed"].min()].set_index(["energy", "flow"])
-    edges = np.linspace(-4, 4, 101)
+    edges = np.linspace(-4, 4, 81)
     middle = (edges[1:] + edges[:-1]) / 2
     z1, z2 = pt.matrices("z1", "z2")
     places = dict(zip([z1, z2], np.meshgrid(middle, middle), strict=True))
-    size = (1.05 * (1 + len(flows)), 1.05 * len(LOG_EVIDENCE) + 0.5)
-    figure, panels = plt.subplots(len(LOG_EVIDENCE), 1 + len(flows), figsize=size)
-    for row, name in zip(panels, LOG_EVIDENCE, strict=True):
-        exact = np.exp(-energy(name, z1, z2).eval(places))
-        row[0].imshow(exact, origin="lower", cmap="Greys")
-        row[0].set_ylabel(name)
-        for axes, flow in zip(row[1:], flows, strict=True):
-            counts, _, _ = np.histogram2d(*first.loc[(name, flow), "draws"].T, bins=edges)
-            axes.imshow(counts.T, origin="lower", cmap="Greys")
-            axes.set_xlabel(f"{first.loc[(name, flow), 'kl']:.3f}", fontsize=8)
-    for axes, flow in zip(panels[0], ["exact", *flows], strict=True):
-        axes.set_title(flow.replace(", ", "\n").replace("_", "\n"), fontsize=8)
+    columns = list(enumerate(["exact", *flows]))
+    n_blocks = -(-len(columns) // n_columns)
+    n_rows = n_blocks * len(LOG_EVIDENCE)
+    figure, panels = plt.subplots(
+        n_rows, n_columns, figsize=(1.2 * n_columns, 1.26 * n_rows), layout="constrained"
+    )
     for axes in panels.ravel():
+        axes.set_axis_off()
+    for (i, flow), (k, name) in itertools.product(columns, enumerate(LOG_EVIDENCE)):
+        axes = panels[i // n_columns * len(LOG_EVIDENCE) + k, i % n_columns]
+        axes.set_axis_on()
         axes.set(xticks=[], yticks=[])
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=150)
+        if flow == "exact":
+            density, corner = np.exp(-energy(name, z1, z2).eval(places)), name
+        else:
+            density, _, _ = np.histogram2d(*first.loc[(name, flow), "draws"].T, bins=edges)
+            density, corner = density.T, f"{first.loc[(name, flow), 'kl']:.3f}"
+        axes.imshow(density, origin="lower", cmap="Greys")
+        axes.text(0.04, 0.96, corner, transform=axes.transAxes, va="top", fontsize=8)
+        if k == 0:
+            axes.set_title(flow.replace("_", "\n"), fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -233,6 +239,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
     if options.picture:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
         picture(results, flows, options.picture)
 
 
