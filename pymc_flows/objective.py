@@ -18,7 +18,7 @@ from pytensor.tensor.variable import TensorVariable
 from pymc_flows.approximation import FlowApproximation
 from pymc_flows.bijections import Bijection, Params, flatten
 from pymc_flows.compilation import compile_function, prefers_jax, runs_on_jax
-from pymc_flows.log_density import has_minibatch, log_density
+from pymc_flows.log_density import log_density, minibatch_scale
 
 GRADIENTS = ("stl", "reparameterization", "dreg")
 
@@ -279,9 +279,7 @@ def build_objective(
     valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))
     n_valid = valid.sum()
     count = pt.maximum(n_valid, 1).astype(x.dtype)
-    scaling = _minibatch_scaling(
-        approx, dict(zip(approx.collect("symbolic_initial"), noise, strict=True))
-    )
+    scaling = np.asarray(_minibatch_scaling(approx), dtype=x.dtype)
     weight = valid.astype(x.dtype) / (count * scaling)
     known: dict[Any, Any]
     log_weights = pt.switch(valid, log_p - log_q, -np.inf)
@@ -332,7 +330,11 @@ def _draws(approx, n_draws, gradient):
     return noise, x, log_q, score, scoreless
 
 
-def _minibatch_scaling(approx, noise):
-    if not has_minibatch(approx.model):
-        return np.asarray(1, dtype=pytensor.config.floatX)
-    return graph_replace(approx.symbolic_normalizing_constant, noise, strict=False)
+def _minibatch_scaling(approx):
+    """Most that a variable's density is scaled up by, which the loss is divided by.
+
+    PyMC's ``symbolic_normalizing_constant`` takes the batch of a matrix for the shorter of its sides.
+    """
+    if not approx.scale_cost_to_minibatch:
+        return 1.0
+    return max(1.0, *map(minibatch_scale, approx.model.basic_RVs))

@@ -328,6 +328,21 @@ def test_a_minibatch_counts_for_all_data(scaled, python):
     assert_allclose(gradient, finite_differences(evaluate, approx, noise, [0, 1]), rtol=1e-6)
 
 
+def test_the_batch_of_a_matrix_is_its_rows(python):
+    """Though it has fewer columns: 4 of 20 rows count five times, whatever the 2 columns."""
+    with pm.Model() as model:
+        mu = pm.Normal("mu")
+        pm.Normal(
+            "y", mu, 0.5, observed=pm.Minibatch(np.zeros((20, 2)), batch_size=4), total_size=20
+        )
+    approx = perturb(NormalizingFlow("scale-loc", model=model))
+    noise, losses = noise_for(approx), []
+    for scaled in (True, False):
+        approx.scale_cost_to_minibatch = scaled
+        losses.append(compiled(approx, python)(noise)[0])
+    assert_allclose(losses[1], 5 * losses[0])
+
+
 def test_all_draws_of_a_step_see_one_batch(python):
     model, _ = batches()
     approx = NormalizingFlow("scale-loc", model=model)
