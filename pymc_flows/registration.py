@@ -59,7 +59,7 @@ def fit(
         Where the fit starts: values, by variable, in the model's own space; draws of all
         variables; or an earlier approximation.
     start_sigma
-        Only ADVI takes it.
+        Only ADVI takes it; with a flow it is a NotImplementedError, as in PyMC with other methods.
     inf_kwargs : dict, optional
         The family's options, such as ``{"n_layers": 4}``.
     **kwargs
@@ -70,7 +70,10 @@ def fit(
     FlowApproximation
     """
     if start_sigma is not None:
-        raise NotImplementedError("start_sigma is only available for method advi")
+        raise NotImplementedError(
+            f"start_sigma must be left to method 'advi', got it with {method!r}: a flow takes its "
+            "widths from the search for a start, or from draws given as start"
+        )
     if not isinstance(method, NFVI):
         method = NFVI(method, model=model, random_seed=random_seed, start=start, **inf_kwargs or {})
         return method.fit(n, **kwargs)

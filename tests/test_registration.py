@@ -115,7 +115,13 @@ def test_an_nfvi_of_another_model_is_an_error(normal, fits):
 
 
 def test_start_sigma_is_advis(normal):
-    with normal, pytest.raises(NotImplementedError, match="start_sigma is only available"):
+    with (
+        normal,
+        pytest.raises(
+            NotImplementedError,
+            match="start_sigma must be left to method 'advi', got it with 'realnvp'",
+        ),
+    ):
         pm.fit(method="realnvp", start_sigma={"b": 1.0})
 
 
