@@ -16,6 +16,7 @@ import itertools
 import logging
 import multiprocessing
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         for seed, name, flow in itertools.product(seeds, LOG_EVIDENCE, flows):
-            kept = keep and keep / f"{seed} {name} {flow}.npz"
+            # other settings are another fit
+            settings = zlib.crc32(repr(flows[flow]).encode())
+            kept = keep and keep / f"{seed} {name} {flow} {settings:08x}.npz"
             if kept and kept.exists():
                 with np.load(kept) as found:
                     rows.append({"seed": seed, "energy": name, "flow": flow, **found})
