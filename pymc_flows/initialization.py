@@ -254,11 +254,11 @@ def judge(target: Density, gaussian: Gaussian, noise: np.ndarray) -> Gaussian:
     valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
     if not valid.all():
         return replace(gaussian, elbo=-np.inf)
-    elbo, se = _mean(log_p - gaussian.log_density(noise))
+    elbo, se = _mean_and_error(log_p - gaussian.log_density(noise))
     return replace(gaussian, elbo=elbo, elbo_se=se)
 
 
-def _mean(terms: np.ndarray) -> tuple[float, float]:
+def _mean_and_error(terms: np.ndarray) -> tuple[float, float]:
     """Mean and its standard error; -inf and inf where a far too wide Gaussian makes them overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
         mean, se = float(terms.mean()), float(terms.std() / terms.size**0.5)
@@ -488,7 +488,7 @@ def settle(
                 break
             continue
         noise, score = noise[valid], gaussian.pull(score[valid])
-        elbo, se = _mean(log_p[valid] - gaussian.log_density(noise))
+        elbo, se = _mean_and_error(log_p[valid] - gaussian.log_density(noise))
         if valid.mean() < ENOUGH_VALID:
             elbo = -np.inf  # without the worst draws it would be no bound
         gaussian = replace(gaussian, elbo=elbo, elbo_se=se)
