@@ -19,10 +19,13 @@ import xarray as xr
 from pymc.pytensorf import floatX
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation
+from pytensor.graph.basic import Constant
+from pytensor.tensor.shape import SpecifyShape
 
 from pymc_flows import bijections
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow, with_density
 from pymc_flows.families import nearest
+from pymc_flows.log_density import is_minibatched
 from pymc_flows.multiplicative import MNF, MNFGroup
 
 FORMAT, FORMAT_VERSION = "pymc_flows fit", 1
@@ -46,7 +49,7 @@ def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
     ------
     TypeError
         If ``approx`` is no approximation, or a layer or an option can't be written to a file: one of a
-        class of your own; or if a group has a context.
+        class of your own; or if a group has a context that is neither an array nor the model's own.
     """
     approx = with_density(approx)
     arrays: dict[str, np.ndarray] = {}
@@ -128,10 +131,6 @@ def load(
 
 def _of_group(group, label, arrays) -> dict[str, Any]:
     """What makes a group, as plain data; arrays are put aside under the label."""
-    if getattr(group, "context", None) is not None:
-        raise TypeError(
-            f"groups must have no context to be saved, got {group}: its data are not the file's"
-        )
     ordering = [
         [name, list(shape), str(dtype)] for name, _, shape, dtype in group.ordering.values()
     ]
@@ -176,10 +175,36 @@ def _of_group(group, label, arrays) -> dict[str, Any]:
         "options": _checked(group.flow_options),
         "layers": _of_layer(group.layers, label, arrays),
         "base": _of_layer(group.base, label, arrays),
+        "context": _of_context(group, label, arrays),
         "noncentering": None if centring is None else centring.start,
         "seeded": group.seeded,
         "fitted": group.fitted,
     }
+
+
+def _of_context(group, label, arrays) -> dict[str, str] | None:
+    """Where a group's context is found again: a variable of the model, or an array of the file."""
+    if (context := group.context) is None:
+        return None
+    while context.owner is not None and isinstance(context.owner.op, SpecifyShape):
+        context = context.owner.inputs[0]
+    if group.model.named_vars.get(context.name) is context and not is_minibatched([context]):
+        return {"variable": context.name}
+    if not isinstance(context, Constant):
+        raise TypeError(
+            "context must be an array, or pm.Data or a pm.Deterministic of the model, to be saved: take "
+            f"the weights to a group that has one; got {context}"
+        )
+    arrays[f"{label}_context"] = np.asarray(context.data)
+    return {"array": f"{label}_context"}
+
+
+def _context_from(saved, arrays, model):
+    if "array" in saved:
+        return arrays[saved["array"]]
+    if saved["variable"] not in model.named_vars:
+        raise ValueError(f"the model must have {saved['variable']!r}, which is a group's context")
+    return model[saved["variable"]]
 
 
 def _checked(options):
@@ -242,7 +267,9 @@ def _group_from(saved, arrays, model):
         return group
     flow = saved["flow"]
     flow = flow if isinstance(flow, str) else _layer_from(flow, arrays)
-    group = FlowGroup(variables, flow, model=model, options=saved["options"])
+    # files of earlier versions have none
+    context = saved.get("context") and _context_from(saved["context"], arrays, model)
+    group = FlowGroup(variables, flow, model=model, options=saved["options"], context=context)
     group.first_loc = arrays[f"{label}_first_loc"]
     group.start_draws = arrays.get(f"{label}_start_draws")
     group.seeded, group.fitted = saved["seeded"], saved["fitted"]

@@ -100,6 +100,7 @@ def slow_layers(dim):
 
 CASES = [layer for dim in (1, 2, 3, 7) for layer in layers(dim)]
 CASES += [layer for dim in (1, 3) for layer in slow_layers(dim)]
+CASES.append(Continuous(3, hidden=4, n_steps=40, tolerance=1e-8))
 INVERTIBLE = [case for case in CASES if case.invertible]
 PLANE = [case for case in INVERTIBLE if case.dim == 2]
 LINE = [case for case in INVERTIBLE if case.dim == 1]

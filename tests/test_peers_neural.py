@@ -79,9 +79,10 @@ def test_residual_is_normflows():
     assert_allclose(log_det, peer["log_det"], rtol=0, atol=1e-8)
 
 
-def test_continuous_is_zukos():
+@pytest.mark.parametrize("solver", [{"n_steps": 200}, {"n_steps": 80, "tolerance": 1e-10}], ids=str)
+def test_continuous_is_zukos(solver):
     peer = reference("zuko", "continuous")
-    x, log_det = forward(Continuous(3, hidden=5, n_steps=200), peer["z"], peer)
+    x, log_det = forward(Continuous(3, hidden=5, **solver), peer["z"], peer)
     assert_allclose(x, peer["x"], rtol=0, atol=1e-8)
     assert_allclose(log_det, peer["log_det"], rtol=0, atol=1e-8)
 
@@ -95,6 +96,25 @@ def test_the_solvers_error_falls_with_the_fourth_power_of_the_step():
         ratios = np.divide(errors[:-1], errors[1:])
         assert (ratios > 2**3.5).all()
         assert (ratios < 2**4.8).all()
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
+def test_steps_are_chosen_so_that_the_error_stays_near_the_tolerance(tolerance):
+    peer = reference("zuko", "continuous")
+    layer = Continuous(3, hidden=5, n_steps=80, tolerance=tolerance)
+    found = forward(layer, peer["z"], peer)
+    errors = [np.abs(f - peer[name]).max() for f, name in zip(found, ("x", "log_det"), strict=True)]
+    assert tolerance / 1000 < max(errors) < 30 * tolerance
+    # a draw's steps are its own
+    alone = forward(layer, peer["z"][:1], peer)
+    assert_allclose(alone[0], found[0][:1], rtol=0, atol=1e-14)
+
+
+def test_where_the_steps_are_too_few_there_is_no_density():
+    peer = reference("zuko", "continuous")
+    layer = Continuous(3, hidden=5, n_steps=4, tolerance=1e-8)
+    for found in forward(layer, peer["z"], peer):
+        assert np.isnan(found).all()
 
 
 @pytest.mark.parametrize("library", ["pyro", "normflows", "zuko"])

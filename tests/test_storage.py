@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pymc as pm
+import pytensor
 import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
@@ -243,11 +244,44 @@ def test_no_pickle_and_versions_are_in_the_file(kept):
     assert record["model"]["free"]["b"]["distribution"] == "HalfNormalRV"
 
 
-def test_a_group_with_a_context_says_that_it_is_not_saved(tmp_path):
+def amortised(context, data=(-1.0, 0.3, 2.0)):
+    """A group whose flow sees a context made of the model's data."""
     with pm.Model() as built:
+        seen = pm.Data("seen", np.array(data))
         z = pm.Normal("z", shape=3)
-        pm.Normal("y", z, observed=np.zeros(3))
-        group = pm.Group([z], vfam="iaf", context=np.ones((3, 1)))
-    with pytest.raises(TypeError, match="groups must have no context to be saved"):
-        save(FlowApproximation([group], model=built), tmp_path / "fit.nc")
+        pm.Deterministic("column", seen[:, None])
+        pm.Normal("y", z, 0.5, observed=seen)
+        group = pm.Group([z], vfam="iaf", n_layers=1, context=context(built))
+    return FlowApproximation([group], model=built, random_seed=1)
+
+
+@pytest.mark.parametrize(
+    "context", [lambda _: np.array([[-1.0], [0.3], [2.0]]), lambda built: built["column"]]
+)
+def test_a_group_comes_back_with_its_context(context, tmp_path, python):
+    approx = amortised(context)
+    noise = np.random.default_rng(2).normal(size=approx.params[0].get_value().shape)
+    approx.params[0].set_value(noise)
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", amortised(context).model)
+    assert_same_draws(approx, again)
+    # and it is the model's, new data and all, or the file's, which stays
+    for one in (approx, again):
+        pm.set_data({"seen": np.array([1.0, 0.0, 0.5])}, model=one.model)
+    assert_same_draws(approx, again)
+
+
+def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
+    encoder = pytensor.shared(1.0, name="encoder")
+    for context in (lambda built: built["seen"][:, None], lambda built: encoder * built["column"]):
+        with pytest.raises(TypeError, match=r"context must be an array, or pm\.Data or"):
+            save(amortised(context), tmp_path / "fit.nc")
     assert not list(tmp_path.iterdir())
+    save(amortised(lambda built: built["column"]), tmp_path / "fit.nc")
+    with pm.Model() as other:
+        z = pm.Normal("z", shape=3)
+        pm.Normal("y", z, 0.5, observed=np.array([-1.0, 0.3, 2.0]))
+    with pytest.raises(
+        ValueError, match="the model must have 'column', which is a group's context"
+    ):
+        load(tmp_path / "fit.nc", other)
