@@ -19,7 +19,9 @@ import xarray as xr
 from pymc.pytensorf import floatX
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Approximation
+from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant
+from pytensor.graph.traversal import ancestors
 from pytensor.tensor.shape import SpecifyShape
 
 from pymc_flows import bijections
@@ -49,7 +51,8 @@ def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
     ------
     TypeError
         If ``approx`` is no approximation, or a layer or an option can't be written to a file: one of a
-        class of your own; or if a group has a context that is neither an array nor the model's own.
+        class of your own; or if a group has a context that is neither an array, nor ``pm.Data``, nor a
+        ``pm.Deterministic`` of data alone.
     """
     approx = with_density(approx)
     arrays: dict[str, np.ndarray] = {}
@@ -98,7 +101,8 @@ def load(
         That it was fitted to, built anew; taken from the context otherwise.
     strict : bool, default True
         Raise an error where the model's data or densities differ from those it was fitted to; False
-        only warns. Other variables, shapes or transforms are always an error.
+        only warns. Other variables, shapes or transforms are always an error. A group's context that
+        is the model's is taken as it is there, for it may be of new data.
 
     Returns
     -------
@@ -182,29 +186,43 @@ def _of_group(group, label, arrays) -> dict[str, Any]:
     }
 
 
-def _of_context(group, label, arrays) -> dict[str, str] | None:
+def _of_context(group, label, arrays) -> dict[str, Any] | None:
     """Where a group's context is found again: a variable of the model, or an array of the file."""
     if (context := group.context) is None:
         return None
+    n_columns = context.type.shape[1]
     while context.owner is not None and isinstance(context.owner.op, SpecifyShape):
         context = context.owner.inputs[0]
-    if group.model.named_vars.get(context.name) is context and not is_minibatched([context]):
-        return {"variable": context.name}
-    if not isinstance(context, Constant):
-        raise TypeError(
-            "context must be an array, or pm.Data or a pm.Deterministic of the model, to be saved: take "
-            f"the weights to a group that has one; got {context}"
-        )
-    arrays[f"{label}_context"] = np.asarray(context.data)
-    return {"array": f"{label}_context"}
+    model = group.model
+    # what a random variable or an encoder makes of the data is in no file
+    own = {*model.named_vars.values(), *model.dim_lengths.values()}
+    shared = [v for v in ancestors([context]) if isinstance(v, SharedVariable)]
+    if model.named_vars.get(context.name) is context and own.issuperset(shared):
+        if not is_minibatched([context]):
+            return {"variable": context.name, "n_columns": n_columns}
+    elif isinstance(context, Constant):
+        array = np.asarray(context.data)
+        # netCDF 3 has no integers of eight bytes
+        arrays[f"{label}_context"] = array.astype(float) if array.dtype.kind in "iub" else array
+        return {"array": f"{label}_context", "dtype": str(array.dtype)}
+    raise TypeError(
+        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved: take the "
+        f"weights to a group that has one; got {context}"
+    )
 
 
 def _context_from(saved, arrays, model):
     if "array" in saved:
-        return arrays[saved["array"]]
-    if saved["variable"] not in model.named_vars:
-        raise ValueError(f"the model must have {saved['variable']!r}, which is a group's context")
-    return model[saved["variable"]]
+        return arrays[saved["array"]].astype(saved["dtype"])
+    name = saved["variable"]
+    if name not in model.named_vars:
+        raise ValueError(f"the model must have {name!r}, which is a group's context")
+    n_columns = int(model[name].shape.eval(mode="FAST_COMPILE")[-1])
+    if n_columns != saved["n_columns"]:
+        raise ValueError(
+            f"{name}, a group's context, must have {saved['n_columns']} columns, got {n_columns}"
+        )
+    return model[name]
 
 
 def _checked(options):

@@ -256,7 +256,13 @@ def amortised(context, data=(-1.0, 0.3, 2.0)):
 
 
 @pytest.mark.parametrize(
-    "context", [lambda _: np.array([[-1.0], [0.3], [2.0]]), lambda built: built["column"]]
+    "context",
+    [
+        lambda _: np.array([[-1.0], [0.3], [2.0]]),
+        lambda _: np.array([[-1], [0], [2**40]]),
+        lambda _: np.array([[1], [0], [200]], dtype="uint8"),
+        lambda built: built["column"],
+    ],
 )
 def test_a_group_comes_back_with_its_context(context, tmp_path, python):
     approx = amortised(context)
@@ -273,8 +279,13 @@ def test_a_group_comes_back_with_its_context(context, tmp_path, python):
 
 def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
     encoder = pytensor.shared(1.0, name="encoder")
-    for context in (lambda built: built["seen"][:, None], lambda built: encoder * built["column"]):
-        with pytest.raises(TypeError, match=r"context must be an array, or pm\.Data or"):
+    for context in (
+        lambda built: built["seen"][:, None],
+        lambda built: encoder * built["column"],
+        lambda built: pm.Deterministic("code", encoder * built["column"]),
+        lambda built: pm.Deterministic("noisy", pm.Normal.dist() * built["column"]),
+    ):
+        with pytest.raises(TypeError, match=r"context must be an array, pm\.Data, or a"):
             save(amortised(context), tmp_path / "fit.nc")
     assert not list(tmp_path.iterdir())
     save(amortised(lambda built: built["column"]), tmp_path / "fit.nc")
