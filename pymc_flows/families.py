@@ -460,7 +460,7 @@ def cnf(
         Bound of the velocities' Lipschitz constants.
     tolerance : float, optional
         Largest local error of a step, whose length each draw then chooses for itself; nan where
-        ``n_steps`` are not enough. Equal steps otherwise.
+        ``n_steps`` are not enough, which a fit counts among its ``invalid_draws``. Equal steps otherwise.
     affine : {"full", "low_rank", "diagonal"}, optional
         The last, affine map, as in :func:`planar`.
     """

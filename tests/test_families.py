@@ -134,6 +134,11 @@ def test_options_of_the_neural_families_reach_their_layers(name, options, layer)
         ("residual", {"hidden": ()}, r"hidden must be widths of at least 1, one or more, got \(\)"),
         ("residual", {"lipschitz": 1.0}, "lipschitz must be between 0 and 1, got 1.0"),
         ("cnf", {"n_steps": 0}, "n_steps must be a whole number of at least 1, got 0"),
+        (
+            "cnf",
+            {"n_steps": 1, "tolerance": 0.1},
+            "n_steps must be at least 2 with a tolerance, got 1",
+        ),
         ("cnf", {"tolerance": 0.0}, "tolerance must be None or between 0 and 1, got 0.0"),
         ("cnf", {"lipschitz": -1.0}, "lipschitz must be positive and finite, got -1.0"),
     ],

@@ -74,6 +74,8 @@ class Continuous(Bijection):
             raise ValueError(f"lipschitz must be positive and finite, got {self.lipschitz!r}")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be None or between 0 and 1, got {self.tolerance!r}")
+        if self.tolerance is not None and self.n_steps < 2:
+            raise ValueError(f"n_steps must be at least 2 with a tolerance, got {self.n_steps}")
 
     def init(self, rng):
         """Draw hidden weights as Glorot & Bengio 2010 do; the velocity starts at zero."""
@@ -165,7 +167,7 @@ class Continuous(Bijection):
                 scaled = abs(by) / (1 + pt.maximum(abs(s), abs(m)))
                 error = pt.maximum(error, scaled if scaled.ndim == 1 else scaled.max(axis=1))
             # what a step is worth is chosen by the error, not trained for
-            error = disconnected_grad(error) / self.tolerance
+            error = disconnected_grad(error) / np.asarray(self.tolerance, dtype=z.dtype)
             kept = error <= 1
             next_step = step * pt.clip(0.9 * pt.maximum(error, 1e-6) ** -0.2, 0.2, 5.0)
             state = [pt.switch(_column(kept, s), m, s) for s, m in zip(state, moved, strict=True)]
@@ -181,7 +183,7 @@ class Continuous(Bijection):
             strict=True,
             return_updates=False,
         )
-        arrived = gone[-1] > 1 - 1e-5
+        arrived = gone[-1] >= 1 - 4 * np.finfo(z.dtype).eps
         return [pt.switch(_column(arrived, all_[-1]), all_[-1], np.nan) for all_ in found]
 
     def forward(self, z, params):
