@@ -296,3 +296,7 @@ def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
         ValueError, match="the model must have 'column', which is a group's context"
     ):
         load(tmp_path / "fit.nc", other)
+    with other:
+        pm.Deterministic("column", pm.math.stack([np.ones(3)] * 2, axis=1))
+    with pytest.raises(ValueError, match="column, a group's context, must have 1 columns, got 2"):
+        load(tmp_path / "fit.nc", other)
