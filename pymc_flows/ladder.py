@@ -489,7 +489,7 @@ class Ladder:
             _warn(
                 f"{run.nonfinite_steps} of {run.losses.size} steps were skipped as not finite, and "
                 f"{share:.1%} of the other steps' draws were left out: the model's log density or "
-                "its gradient is not finite where the approximation has mass"
+                "its gradient is not finite where the approximation has mass, or a draw itself is not"
             )
 
     def _count(self) -> None:
