@@ -73,7 +73,7 @@ def never(*args, **kwargs):
 
 def without():
     """Name of what is taken out, to a context that does so and further arguments of ``pm.fit``."""
-    from pymc_flows import ladder, training
+    from pymc_flows import ladder
 
     nothing = contextlib.nullcontext
 
@@ -87,7 +87,6 @@ def without():
         "sticking the landing": (nothing, {"gradient": "reparameterization"}),
         "the end at a Gaussian": (patch(ladder, "fits", never), {}),
         "growth": (patch(ladder, "MORE_LAYERS", 0), {"obj_n_mc": 64}),
-        "averaging": (patch(training.Keeper, "average", never), {}),
         "non-centring": (nothing, {"inf_kwargs": {"noncentering": False}}),
         "tails": (nothing, {"inf_kwargs": {"tails": False}}),
     }

@@ -29,7 +29,6 @@ BETA1, EPSILON = 0.9, 1e-8
 BETA2 = 0.99
 MAX_FAILED_STEPS = 50
 ROLL_BACK_AFTER = 10
-ENOUGH_TO_AVERAGE = 10
 CUT = 4
 # nats a window of steps: less is not worth the steps
 LEAST_GAIN = 0.002
@@ -90,10 +89,6 @@ class Schedule:
         decaying = max(0.0, 2 * step / self.n_steps - 1)
         ceiling = 0.01 + 0.99 * (1 + math.cos(math.pi * decaying)) / 2
         return self.peak * warm_up * min(self.cut, ceiling)
-
-    def settling(self) -> bool:
-        """Whether the rate has been cut far enough for the iterates to be worth averaging."""
-        return self.n_cuts >= self.max_cuts - 1
 
     def observe(self, losses: np.ndarray) -> str:
         """Look at the losses so far; return why the run is over, or nothing."""
@@ -453,8 +448,6 @@ def train(
                     keeper.restore()
                     schedule.roll_back()
                     run.roll_backs += 1
-                if schedule.settling() or 4 * n_taken > 3 * n_steps:
-                    keeper.average(n_taken)
                 n_cuts = schedule.n_cuts
                 over = schedule.observe(losses[:n_taken])
                 if not over and schedule.n_cuts > n_cuts and look is not None:
@@ -477,7 +470,7 @@ def train(
 
 
 class Keeper:
-    """Earlier and averaged states of a fit, to go back to or to end with.
+    """Earlier states of a fit, to go back to or to end with.
 
     Parameters
     ----------
@@ -491,8 +484,6 @@ class Keeper:
         self.params, self.window = params, window
         self.first = self.best = self._state()
         self.best_loss = math.inf
-        self.mean: list[np.ndarray] = []
-        self.n_averaged = 0
 
     def _state(self):
         return [np.array(p.get_value(borrow=True)) for p in self.params]
@@ -501,7 +492,6 @@ class Keeper:
         """Go back to the best state; say whether there is one."""
         for param, value in zip(self.params, self.best, strict=True):
             param.set_value(value.copy())
-        self.mean, self.n_averaged = [], 0
         return bool(self.params)
 
     def diverged(self, losses: np.ndarray) -> bool:
@@ -519,26 +509,11 @@ class Keeper:
         spread = float(np.subtract(*np.quantile(recent, [0.75, 0.25])))
         return middle > self.best_loss + max(2.0, 2 * spread)
 
-    def average(self, step: int, every: int = 2) -> None:
-        """Add the present state to the average of the last iterates (Polyak & Juditsky 1992)."""
-        if step % every:
-            return
-        state = self._state()
-        self.n_averaged += 1
-        if not self.mean:
-            self.mean = state
-            return
-        # the last 50 count most: what was added long ago fades
-        share = 1 / min(self.n_averaged, 50)
-        self.mean = [m + share * (s - m) for m, s in zip(self.mean, state, strict=True)]
-
     def states(self) -> dict[str, list[np.ndarray]]:
         """States worth judging, by name."""
         found = {"last": self._state(), "first": self.first}
         if math.isfinite(self.best_loss):
             found["best window"] = self.best
-        if self.n_averaged >= ENOUGH_TO_AVERAGE:
-            found["average"] = self.mean
         return found
 
 
