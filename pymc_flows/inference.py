@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -331,6 +332,8 @@ class NFVI(Inference):
 def _few_threads(model, backend, compile_kwargs):
     """Keep linear algebra on JAX to one thread where matrices are small: more would wait busily."""
     if prefers_jax(backend, compile_kwargs) and largest_side(model) <= SMALL_SIDE:
+        # JAX calls SciPy's, and only what is loaded can be limited
+        importlib.import_module("scipy.linalg")
         return threadpool_limits(1, user_api="blas")
     return contextlib.nullcontext()
 

@@ -50,6 +50,8 @@ from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure,
 BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
+# and those that say, while a fit trains, whether weighing more of them is worth it
+GLANCE_DRAWS = 256
 # draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about a
 # millisecond a layer and step, so at most the minute that compiling would take
 FEW_DRAWS, LITTLE_WORK = 128, 50_000
@@ -127,6 +129,7 @@ class Ladder:
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
+        self._even: Judgement | None = None
         self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
         # networks' posteriors have no one Gaussian place to start from, and weights of W and z
@@ -198,9 +201,12 @@ class Ladder:
     def judge(self) -> Judgement:
         """Fresh draws of what was reached, weighed; only where the model's density is fixed."""
         with self._timed("training"):
-            judgement = self._judge(self._seed(), WEIGHED_DRAWS)
-            if judgement.weighing.ess < DOUBTFUL:
-                judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
+            return self._weigh()
+
+    def _weigh(self):
+        judgement = self._judge(self._seed(), WEIGHED_DRAWS)
+        if judgement.weighing.ess < DOUBTFUL:
+            judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
@@ -213,9 +219,14 @@ class Ladder:
         if step is not None and (step.n_draws >= BATCH or step.targets or self.target is None):
             return step.judge(seed, -(-n_draws // step.n_draws))
         assert self.target is not None
-        flow, rng = self.approx.flow_function(n_draws), np.random.default_rng(seed)
-        shapes = [(n_draws, noise_dim(group)) for group in self.approx.groups]
-        x, log_q = map(np.asarray, flow(*(floatX(rng.standard_normal(s)) for s in shapes)))
+        # one size, for each is compiled apart; all counts of draws are multiples of it
+        flow, rng = self.approx.flow_function(GLANCE_DRAWS), np.random.default_rng(seed)
+        shapes = [(GLANCE_DRAWS, noise_dim(group)) for group in self.approx.groups]
+        parts = [
+            map(np.asarray, flow(*(floatX(rng.standard_normal(shape)) for shape in shapes)))
+            for _ in range(-(-n_draws // GLANCE_DRAWS))
+        ]
+        x, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
         log_p, score = self.target(x)
         valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
         return Judgement(x, np.where(valid, log_p - log_q, -np.inf))
@@ -411,6 +422,7 @@ class Ladder:
     def _train(self, step: Step, schedule: Schedule, n: int) -> None:
         settings, approx = self.settings, self.approx
         run = Run(stopped="initialisation only")
+        self._even = None
         try:
             if n > 0:
                 run = train(
@@ -443,12 +455,17 @@ class Ladder:
     def _look(self, schedule: Schedule, n_left: int) -> str:
         """Reason to end training, by the importance weights, or nothing."""
         assert self.step is not None
-        weighing = self.judge().weighing
-        if weighing.ess > ENOUGH and weighing.even:
-            return "the importance weights are even"
         growing = self.settings.may_grow and self.step.n_draws == self.settings.n_draws
         # at higher rates the noise of the steps is much of it
         growing = growing and n_left >= LEAST_STEPS and schedule.n_cuts > 1
+        glance = self._judge(self._seed(), GLANCE_DRAWS).weighing.ess
+        if glance < DOUBTFUL and not (growing and glance < 1.5 * HOPELESS):
+            return ""
+        judgement = self._weigh()
+        weighing = judgement.weighing
+        if weighing.ess > ENOUGH and weighing.even:
+            self._even = judgement
+            return "the importance weights are even"
         if growing and weighing.ess < HOPELESS and not weighing.even:
             return "the importance weights are uneven, and a larger flow may do better"
         return ""
@@ -458,6 +475,10 @@ class Ladder:
         if self.start is None and not self._resumed and not self.losses.size:
             # no start was found that the fit could fall behind
             run.states.pop("first", None)
+        if self._even is not None:
+            # no other state has much to gain
+            run.states = {"last": run.states["last"]}
+            self.approx.fit_stats |= {"elbo": self._even.elbo, "state": "last"}
         if len(run.states) < 2:
             return
         found = {}
