@@ -26,6 +26,8 @@ MOST_BETWEEN = 30.0
 LITTLE_MASS = 10.0
 # above it, what is done in every dimension is done more sparingly
 CHEAP_MAX_DIM = 50
+# of Gaussians that settle where no climb ends
+SETTLING_SCALES = (0.3, 0.1)
 ENOUGH_VALID = 0.995
 STEP_LENGTHS = np.array([1.0, 0.3, 3.0, 0.1, 0.03, 0.01, 1e-3, 1e-5])
 
@@ -167,6 +169,8 @@ def find_start(
         found.sort(key=lambda g: -g.elbo)
     n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
     settled = [settle(target, g, rng) for g in found[:n_settled]]
+    if climb.endless:
+        settled += _without_climbing(target, initial, rng)
     gaussian = _best(target, [*settled, found[0]], rng)
     modes = _modes(target, initial, rng, climb, gaussian)
     local: list[Gaussian] = []
@@ -183,6 +187,16 @@ def find_start(
         broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
     return Start(gaussian, modes if len(modes) else gaussian.loc[None], local)
+
+
+def _without_climbing(target, initial, rng):
+    """Gaussians about the initial point, at two scales, settled as far as they go.
+
+    A density without a top leads every climb into a spike that has no mass, as where a scale that
+    is to be found goes to zero with all that it scales; the mean gradient does not see spikes.
+    """
+    first = [Gaussian(initial, np.full(initial.size, scale)) for scale in SETTLING_SCALES]
+    return [settle(target, gaussian, rng) for gaussian in first]
 
 
 def _modes(target, initial, rng, climb, gaussian):
@@ -384,6 +398,11 @@ class _Climb:
     def highest(self, n):
         """The climbs that ended highest."""
         return [int(k) for k in np.argsort(-self.log_p)[:n]]
+
+    @property
+    def endless(self):
+        """Whether the climb that got highest had not ended."""
+        return bool(self.active[self.highest(1)[0]])
 
     def checkpoints(self, k):
         """Iterations of a climb that are worth judging: a few on the way, and the last."""
