@@ -39,6 +39,10 @@ SCALE = {
 }
 
 
+# rounding errors of x that a scale must be above
+RESOLVED = 10
+
+
 @dataclass(frozen=True, eq=False)
 class Prior:
     """A variable whose prior has a location and a scale that depend on other variables.
@@ -72,7 +76,8 @@ class Noncentering(Bijection):
     For each variable whose prior has a location and a scale that other variables set, in
     topological order (Gorinova et al. 2020, arXiv:1906.03028, eq. 6); λ = 1 leaves the variable
     as it is, centred; λ = 0 makes it standard a priori. Positive variables are treated on
-    their logarithms, random walks by their increments. Weights are the logits of λ.
+    their logarithms, random walks by their increments. Weights are the logits of λ. Where a scale
+    is so small beside x that floats no longer hold the difference from the location, x is nan.
 
     Parameters
     ----------
@@ -109,7 +114,10 @@ class Noncentering(Bijection):
             lam = pt.sigmoid(params[f"logit_{prior.name}"])
             y = _increments(values[prior.name]) if prior.walk else values[prior.name]
             x = loc + scale ** (1 - lam) * (y - lam * loc)
-            values[prior.name] = pt.cumsum(x, axis=-1) if prior.walk else x
+            x = pt.cumsum(x, axis=-1) if prior.walk else x
+            # of a smaller scale, x keeps so little that its prior would not see how far y is out
+            lost = scale < RESOLVED * np.finfo(x.dtype).eps * pt.abs(x)
+            values[prior.name] = pt.switch(lost, np.asarray(np.nan, x.dtype), x)
             log_det += _row_sums((1 - lam) * pt.log(scale))
         return self._flat(values, z), log_det
 

@@ -102,3 +102,18 @@ def test_it_is_an_option_of_every_family_and_the_defaults():
     ]:
         group = NormalizingFlow(flow, model=model, **options).groups[0]
         assert (group.noncentering is not None) == expected
+
+
+@pytest.mark.parametrize("prior", ["normal", "walk"])
+def test_what_rounding_swallows_is_no_draw(prior, python):
+    """Beside a scale that x can't resolve, its prior would take any y for the most probable."""
+    layer = layer_of(hierarchy(PRIORS[prior]))
+    y = np.ones((6, layer.dim))
+    y[:, 1] = np.log([1.0, 1e-6, 1e-12, 1e-15, 1e-20, 1e-60])  # log scale, of a mean of 1
+    non_centred = np.full(layer.n_weights, -40.0)
+    x, log_det, *_ = compiled(layer, python)(y, non_centred)
+    assert_allclose(np.isnan(x).any(axis=1), [False, False, False, True, True, True])
+    assert np.isfinite(log_det).all()
+    y[:, 0] = 0.0  # about zero floats are fine enough for any scale
+    x, *_ = compiled(layer, python)(y, non_centred)
+    assert np.isfinite(x).all()
