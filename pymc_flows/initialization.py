@@ -26,7 +26,9 @@ MOST_BETWEEN = 30.0
 LITTLE_MASS = 10.0
 # above it, what is done in every dimension is done more sparingly
 CHEAP_MAX_DIM = 50
-# of Gaussians that settle where no climb ends
+# where a climb is given up
+RUNAWAY = 1e9
+# of Gaussians that settle where the highest climb does not end
 SETTLING_SCALES = (0.3, 0.1)
 ENOUGH_VALID = 0.995
 STEP_LENGTHS = np.array([1.0, 0.3, 3.0, 0.1, 0.03, 0.01, 1e-3, 1e-5])
@@ -169,7 +171,7 @@ def find_start(
         found.sort(key=lambda g: -g.elbo)
     n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
     settled = [settle(target, g, rng) for g in found[:n_settled]]
-    if climb.endless:
+    if climb.endless and not fits(target, max(settled, key=lambda g: g.elbo), rng, 512):
         settled += _without_climbing(target, initial, rng)
     gaussian = _best(target, [*settled, found[0]], rng)
     modes = _modes(target, initial, rng, climb, gaussian)
@@ -190,12 +192,13 @@ def find_start(
 
 
 def _without_climbing(target, initial, rng):
-    """Gaussians about the initial point, at two scales, settled as far as they go.
+    """Gaussians about the initial point, settled as far as they go.
 
-    A density without a top leads every climb into a spike that has no mass, as where a scale that
-    is to be found goes to zero with all that it scales; the mean gradient does not see spikes.
+    A density without a top leads climbs into a spike that has no mass, as where a scale that is to
+    be found goes to zero with all that it scales; the mean gradient does not see spikes.
     """
-    first = [Gaussian(initial, np.full(initial.size, scale)) for scale in SETTLING_SCALES]
+    scales = SETTLING_SCALES if initial.size <= CHEAP_MAX_DIM else SETTLING_SCALES[-1:]
+    first = [Gaussian(initial, np.full(initial.size, scale)) for scale in scales]
     return [settle(target, gaussian, rng) for gaussian in first]
 
 
@@ -392,7 +395,7 @@ class _Climb:
             self.history[k].append((self.x[k].copy(), self.pairs[k]))
             self.stuck[k] = 0
             slow = gain < 1e-4 and len(self.history[k]) > 5
-            runaway = np.abs(self.x[k]).max() > 1e9
+            runaway = np.abs(self.x[k]).max() > RUNAWAY
             self.active[k] = not (slow or runaway)
 
     def highest(self, n):
@@ -401,8 +404,9 @@ class _Climb:
 
     @property
     def endless(self):
-        """Whether the climb that got highest had not ended."""
-        return bool(self.active[self.highest(1)[0]])
+        """Whether the climb that got highest was still on its way, or had run away."""
+        (k,) = self.highest(1)
+        return bool(self.active[k]) or np.abs(self.x[k]).max() > RUNAWAY
 
     def checkpoints(self, k):
         """Iterations of a climb that are worth judging: a few on the way, and the last."""

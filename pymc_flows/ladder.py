@@ -52,6 +52,8 @@ BATCH = 64
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
 # and those that say, while a fit trains, whether weighing more of them is worth it
 GLANCE_DRAWS = 256
+# few draws seldom hold the heaviest: what is hopeless may look this good
+HOPELESS_AT_A_GLANCE = 0.6
 # draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about a
 # millisecond a layer and step, so at most the minute that compiling would take
 FEW_DRAWS, LITTLE_WORK = 128, 50_000
@@ -129,7 +131,8 @@ class Ladder:
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
-        self._even: Judgement | None = None
+        self._even_elbo: float | None = None
+        self._growth_ahead = False
         self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
         # networks' posteriors have no one Gaussian place to start from, and weights of W and z
@@ -165,7 +168,9 @@ class Ladder:
             return
         n, rate = settings.n, settings.rate
         schedule = Schedule(rate, n, self._annealing(), settings.kl_warmup, settings.patience)
+        self._growth_ahead = True
         self._train(step, schedule, n)
+        self._growth_ahead = False
         self._mark_as_fitted()
         if not (self._density_is_fixed() and self._may_weigh):
             return
@@ -422,7 +427,7 @@ class Ladder:
     def _train(self, step: Step, schedule: Schedule, n: int) -> None:
         settings, approx = self.settings, self.approx
         run = Run(stopped="initialisation only")
-        self._even = None
+        self._even_elbo = None
         try:
             if n > 0:
                 run = train(
@@ -455,30 +460,30 @@ class Ladder:
     def _look(self, schedule: Schedule, n_left: int) -> str:
         """Reason to end training, by the importance weights, or nothing."""
         assert self.step is not None
-        growing = self.settings.may_grow and self.step.n_draws == self.settings.n_draws
+        growing = self.settings.may_grow and self._growth_ahead
         # at higher rates the noise of the steps is much of it
         growing = growing and n_left >= LEAST_STEPS and schedule.n_cuts > 1
         glance = self._judge(self._seed(), GLANCE_DRAWS).weighing.ess
-        if glance < DOUBTFUL and not (growing and glance < 1.5 * HOPELESS):
-            return ""
+        if glance < DOUBTFUL and not (growing and glance < HOPELESS_AT_A_GLANCE):
+            return ""  # more steps; what is missed here is weighed at the end
         judgement = self._weigh()
         weighing = judgement.weighing
         if weighing.ess > ENOUGH and weighing.even:
-            self._even = judgement
+            self._even_elbo = judgement.elbo
             return "the importance weights are even"
         if growing and weighing.ess < HOPELESS and not weighing.even:
             return "the importance weights are uneven, and a larger flow may do better"
         return ""
 
     def _choose(self, step: Step, run: Run) -> None:
-        """End in the state with the best ELBO, judged on fresh draws common to all."""
+        """End in the last state if its weights are even, else in that with the best ELBO on fresh draws."""
         if self.start is None and not self._resumed and not self.losses.size:
             # no start was found that the fit could fall behind
             run.states.pop("first", None)
-        if self._even is not None:
+        if self._even_elbo is not None:
             # no other state has much to gain
             run.states = {"last": run.states["last"]}
-            self.approx.fit_stats |= {"elbo": self._even.elbo, "state": "last"}
+            self.approx.fit_stats |= {"elbo": self._even_elbo, "state": "last"}
         if len(run.states) < 2:
             return
         found = {}

@@ -39,8 +39,8 @@ SCALE = {
 }
 
 
-# rounding errors of x that a scale must be above
-RESOLVED = 10
+# rounding errors of x that a scale must be above, for its prior to see how far x is out
+RESOLVED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,8 @@ class Noncentering(Bijection):
     topological order (Gorinova et al. 2020, arXiv:1906.03028, eq. 6); λ = 1 leaves the variable
     as it is, centred; λ = 0 makes it standard a priori. Positive variables are treated on
     their logarithms, random walks by their increments. Weights are the logits of λ. Where a scale
-    is so small beside x that floats no longer hold the difference from the location, x is nan.
+    is so small beside x that floats no longer hold the difference from the location, the prior of x
+    would take any y for the most probable: the log-det is -inf there, and the draw has no weight.
 
     Parameters
     ----------
@@ -115,10 +116,10 @@ class Noncentering(Bijection):
             y = _increments(values[prior.name]) if prior.walk else values[prior.name]
             x = loc + scale ** (1 - lam) * (y - lam * loc)
             x = pt.cumsum(x, axis=-1) if prior.walk else x
-            # of a smaller scale, x keeps so little that its prior would not see how far y is out
-            lost = scale < RESOLVED * np.finfo(x.dtype).eps * pt.abs(x)
-            values[prior.name] = pt.switch(lost, np.asarray(np.nan, x.dtype), x)
+            values[prior.name] = x
             log_det += _row_sums((1 - lam) * pt.log(scale))
+            lost = _row_sums(scale < RESOLVED * np.finfo(x.dtype).eps * pt.abs(x)) > 0
+            log_det = pt.switch(lost, np.asarray(-np.inf, x.dtype), log_det)
         return self._flat(values, z), log_det
 
     def inverse(self, x, params):

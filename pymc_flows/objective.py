@@ -276,7 +276,7 @@ def build_objective(
     log_p, score = graph_replace(tempered, placed, strict=False)
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
-    valid = pt.isfinite(log_p) & pt.isfinite(score.sum(axis=1))
+    valid = pt.isfinite(log_p) & pt.isfinite(log_q) & pt.isfinite(score.sum(axis=1))
     n_valid = valid.sum()
     count = pt.maximum(n_valid, 1).astype(x.dtype)
     scaling = np.asarray(_minibatch_scaling(approx), dtype=x.dtype)

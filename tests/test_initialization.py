@@ -180,7 +180,7 @@ def state_space(n, seed):
 
 @pytest.mark.parametrize(("n", "seed"), [(30, 0), (60, 1), (60, 2), (120, 1)])
 def test_a_spike_without_mass_is_left(n, seed):
-    """Where climbs end, the ELBO is 6 nats or more below the evidence; a Gaussian can do with 3."""
+    """Where climbs end, the ELBO is 5.7 nats or more below the evidence; a Gaussian can do with 3."""
     target, log_evidence = state_space(n, seed)
     initial = np.concatenate([[-0.7], np.zeros(n)])
     start = find_start(target, initial, np.random.default_rng(seed))

@@ -80,6 +80,8 @@ def test_a_fit_ends_where_its_weights_are_even(python):
     assert stats["stopped"] == "the importance weights are even"
     assert stats["steps"] < 1000
     assert stats["ess"] > 0.9
+    assert stats["state"] == "last"
+    assert abs(stats["elbo"]) < 0.1
 
 
 @pytest.mark.slow

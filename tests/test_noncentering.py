@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from pymc_flows import NormalizingFlow
 from pymc_flows.bijections import Params
 from pymc_flows.noncentering import find_noncentering
+from pymc_flows.objective import build_objective
 
 PRIORS = {
     "normal": lambda m, s: pm.Normal("x", m, s, shape=3),
@@ -105,15 +106,38 @@ def test_it_is_an_option_of_every_family_and_the_defaults():
 
 
 @pytest.mark.parametrize("prior", ["normal", "walk"])
-def test_what_rounding_swallows_is_no_draw(prior, python):
+def test_what_rounding_swallows_has_no_weight(prior, python):
     """Beside a scale that x can't resolve, its prior would take any y for the most probable."""
     layer = layer_of(hierarchy(PRIORS[prior]))
     y = np.ones((6, layer.dim))
-    y[:, 1] = np.log([1.0, 1e-6, 1e-12, 1e-15, 1e-20, 1e-60])  # log scale, of a mean of 1
+    y[:, 1] = np.log([1.0, 1e-6, 1e-12, 1e-16, 1e-20, 1e-60])  # log scale, of a mean of 1
     non_centred = np.full(layer.n_weights, -40.0)
     x, log_det, *_ = compiled(layer, python)(y, non_centred)
-    assert_allclose(np.isnan(x).any(axis=1), [False, False, False, True, True, True])
-    assert np.isfinite(log_det).all()
-    y[:, 0] = 0.0  # about zero floats are fine enough for any scale
-    x, *_ = compiled(layer, python)(y, non_centred)
+    assert_allclose(np.isneginf(log_det), [False, False, False, True, True, True])
     assert np.isfinite(x).all()
+    y[:, 0] = 0.0  # about zero floats are fine enough for any scale
+    _, log_det, *_ = compiled(layer, python)(y, non_centred)
+    assert np.isfinite(log_det).all()
+
+
+def test_a_lost_draw_leaves_the_gradient_of_the_others(python):
+    """Of three levels, for the third takes its location and scale from what was lost."""
+    with pm.Model() as model:
+        scale = pm.HalfNormal("scale")
+        a = pm.Normal("a", pm.Normal("mean"), scale)
+        pm.Normal("b", a, pt.exp(a), shape=2)
+    approx = NormalizingFlow("flow", model=model, random_seed=1)
+    objective = build_objective(approx, 3)
+    noise = np.random.default_rng(0).normal(size=(3, approx.ddim))
+    gradient = pytensor.function(
+        objective.noise, [*objective.gradients, objective.n_valid, objective.loss], mode=python,
+        givens={objective.temper: np.float64(1.0)}, on_unused_input="ignore",
+    )  # fmt: skip
+    where = {name: place for name, place, *_ in approx.groups[0].ordering.values()}
+    lost = noise.copy()
+    lost[2, where["scale_log__"]] = -60.0
+    lost[2, where["mean"]] = 1.0
+    *found, n_valid, loss = gradient(lost)
+    assert n_valid == 2
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in found)
