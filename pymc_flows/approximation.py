@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,6 +70,7 @@ from pymc_flows.log_density import (
     value_slices,
 )
 from pymc_flows.noncentering import Noncentering, find_noncentering
+from pymc_flows.warning import warn_user
 
 # what a flow is and where it stands, beside the values of its parameters
 _STATE = ("base", "layers", "noncentering", "loc", "factor", "shared_params", "fitted")
@@ -265,12 +265,10 @@ class FlowGroup(Group):
         self.bijection = Chain([*first, *last])
         cached = self.__dict__.pop("_cache", {})  # what was written down with the old map
         if taken := [name for name in ("mean", "cov", "std") if cached.get(name)]:
-            warnings.warn(
+            warn_user(
                 f"{taken[0]} was taken before the fit found its start, and what was made from it stays "
                 f"as it was then. Take it after the fit, or anew at each step, as in "
                 f"Tracker({taken[0]}=lambda approx, losses, i: approx.{taken[0]}.eval())",
-                UserWarning,
-                stacklevel=6,
             )
 
     def restart(

@@ -29,6 +29,7 @@ from pymc_flows.compare import Scalars
 from pymc_flows.importance import smooth
 from pymc_flows.log_density import is_of_minibatch
 from pymc_flows.registration import fit as fit_model
+from pymc_flows.warning import warn_user
 
 if TYPE_CHECKING:
     from arviz_plots import PlotCollection
@@ -291,11 +292,9 @@ def _summed_up(rows) -> Calibration:
     if not made:
         raise ValueError(f"every fit failed; the first: {failures[min(failures)]}")
     if failures:
-        warnings.warn(
+        warn_user(
             f"{len(failures)} of {len(rows)} fits failed and are left out; the first: "
             f"{failures[min(failures)]}",
-            UserWarning,
-            stacklevel=3,
         )
     index = pd.Index([row["i"] for row in made], name="simulation")
     ranks = pd.DataFrame([row["ranks"] for row in made], index=index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import xarray as xr
 
 from pymc_flows import distances
 from pymc_flows.distances import wasserstein
+from pymc_flows.warning import warn_user
 
 SAMPLE_DIMS = ("chain", "draw")
 MIN_DRAWS = 4
@@ -407,7 +407,7 @@ def _variables(
         chosen = [v for v in found if all(v in posterior for posterior in posteriors.values())]
         left_out = [variable for variable in found if variable not in chosen]
         if chosen and left_out:
-            warnings.warn(f"not in all results, left out: {left_out}", UserWarning, stacklevel=4)
+            warn_user(f"not in all results, left out: {left_out}")
     if not chosen:
         having = {name: list(posterior.data_vars) for name, posterior in posteriors.items()}
         raise ValueError(f"results must have a variable in common, got {having}")

@@ -13,6 +13,8 @@ from pymc.pytensorf import resolve_backend_compile_kwargs
 from pytensor.compile.mode import OPT_FAST_RUN, Mode
 from pytensor.link.vm import VMLinker
 
+from pymc_flows.warning import warn_user
+
 
 def prefers_jax(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
     """Whether a backend is JAX, or would be by default."""
@@ -92,10 +94,8 @@ def compile_function(
         return attempt({"mode": "JAX"})
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
-        warnings.warn(
+        warn_user(
             f"JAX can't compile this model ({type(error).__name__}: {first_line}); PyTensor's "
             "default backend is used instead. backend='numba' does so without this warning",
-            UserWarning,
-            stacklevel=3,
         )
     return attempt({})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from xarray import DataTree
 from pymc_flows.approximation import base_dim, is_normal, with_density
 from pymc_flows.importance import khat_threshold, smooth
 from pymc_flows.log_density import has_minibatch, value_slices
+from pymc_flows.warning import warn_user
 
 # what ArviZ asks of R-hat, and of the effective draws of each chain
 LARGEST_RHAT, FEWEST_PER_CHAIN = 1.01, 100
@@ -71,7 +70,7 @@ def importance_resample(
     result = resampled(drawn, draws, choose)
     said = result["correction"].attrs
     if said["khat"] > said["khat_threshold"]:
-        _warn(
+        warn_user(
             f"k-hat {said['khat']:.2f} of the importance weights is above "
             f"{said['khat_threshold']:.2f}: they do not make up for what the fit misses. Try "
             "sample_neutra, or NUTS"
@@ -169,7 +168,7 @@ def sample_imh(
     }
     result["correction"] = DataTree(xr.Dataset(attrs=said))
     if chains > 1 and not (rhat <= LARGEST_RHAT and ess >= FEWEST_PER_CHAIN * chains):
-        _warn(
+        warn_user(
             f"the chains have not converged: R-hat {rhat:.2f}, {ess:.0f} effective draws, "
             f"{accepted.mean():.0%} accepted. Take more draws, or try sample_neutra"
         )
@@ -357,8 +356,3 @@ def _free_name(name: str, model: pm.Model) -> str:
     while name in model.named_vars:
         name += "_"
     return name
-
-
-def _warn(message: str) -> None:
-    """Warn where the user called, which is outside this package."""
-    warnings.warn(message, UserWarning, skip_file_prefixes=(str(Path(__file__).parent),))

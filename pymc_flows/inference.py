@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from pymc_flows.ladder import Ladder, Settings, climb_again
 from pymc_flows.log_density import largest_side
 from pymc_flows.multiplicative import MNFGroup, by_layers
 from pymc_flows.objective import GRADIENTS
+from pymc_flows.warning import warn_user
 
 DEFAULT_STEPS = 5000
 DEFAULT_DRAWS = 64
@@ -368,7 +368,7 @@ def _joint(flow, model, random_seed) -> FlowApproximation:
 def _check_fit_options(kwargs, approx):
     for name in ("tf_n_mc", "test_optimizer", "more_tf_params"):
         if kwargs.pop(name, None) is not None:
-            warnings.warn(f"`{name}` is not used for NFVI and ignored", UserWarning, stacklevel=4)
+            warn_user(f"`{name}` is not used for NFVI and ignored")
     for name in kwargs:
         options = [o for g in approx.groups for o in _options_of(g)]
         if name in options:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +43,7 @@ from pymc_flows.log_density import has_large_matrices, has_minibatch
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import Pulled, Target, build_objective, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
+from pymc_flows.warning import warn_user
 
 # draws a call, at least, for what is not a step
 BATCH = 64
@@ -512,7 +511,7 @@ class Ladder:
         n_draws = self.step.n_draws if self.step is not None else 0
         share = run.invalid_draws / max(1, run.losses.size * n_draws)
         if share > 0.01 or run.nonfinite_steps > 0.01 * max(1, run.losses.size):
-            _warn(
+            warn_user(
                 f"{run.nonfinite_steps} of {run.losses.size} steps were skipped as not finite, and "
                 f"{share:.1%} of the other steps' draws were left out: the model's log density or "
                 "its gradient is not finite where the approximation has mass, or a draw itself is not"
@@ -547,14 +546,14 @@ class Ladder:
                 share = np.exp(np.minimum(log_p - local.log_density(noise), 100.0))
                 missed += bool(share[left_out].sum() / noise.shape[0] > 0.02)
         except NotImplementedInference:
-            _warn(
+            warn_user(
                 f"the search for a start ended in {len(self._modes)} places apart from each other: "
                 f"the posterior may have several modes, of which the fit may miss some. {advice}"
             )
             return
         self.approx.fit_stats["modes_missed"] = missed
         if missed:
-            _warn(
+            warn_user(
                 f"the fit misses {missed} of the {len(self._modes)} modes that the search for a "
                 f"start found, each with more than 2% of what it covers. {advice}"
             )
@@ -574,7 +573,7 @@ class Ladder:
     def _warn_of(self, weighing: Weighing) -> None:
         names = [name for group in self.approx.groups for name in _labels(group)]
         shifted, changed = int(weighing.shift.argmax()), int(weighing.change.argmax())
-        _warn(
+        warn_user(
             f"the fit's importance weights are uneven (effective sample size {weighing.ess:.1%} of "
             f"the draws): they would move the mean of {names[shifted]} by "
             f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
@@ -640,7 +639,9 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
     if failure is not None:
         if not fits_made:
             raise failure
-        _warn(f"{n_restarts - len(fits_made)} of {n_restarts} restarts failed; the last: {failure}")
+        warn_user(
+            f"{n_restarts - len(fits_made)} of {n_restarts} restarts failed; the last: {failure}"
+        )
     best, ladder, back, values, how = max(fits_made, key=lambda made: made[0].elbo)
     for bring_back in back:
         bring_back()
@@ -658,7 +659,7 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
     approx.fit_stats |= {"restarts": report, "restarts_agree": agree}
     if agree is False:
         found = "; ".join(f"{k} {v:.3g}" for one in report for k, v in one.items())
-        _warn(f"the restarts disagree, and the one with the highest ELBO was kept: {found}")
+        warn_user(f"the restarts disagree, and the one with the highest ELBO was kept: {found}")
     return ladder
 
 
@@ -678,11 +679,6 @@ def _compared(judgement, best):
         "shift": float(np.abs((judgement.x.mean(axis=0) - mean) / sd).max()),
         "sd_ratio": float(np.exp(log_ratios[np.abs(log_ratios).argmax()])),
     }
-
-
-def _warn(message):
-    """Warn where the user called, which is outside this package."""
-    warnings.warn(message, UserWarning, skip_file_prefixes=(str(Path(__file__).parent),))
 
 
 def _set_values(params, values):

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFl
 from pymc_flows.families import nearest
 from pymc_flows.log_density import is_minibatched
 from pymc_flows.multiplicative import MNF, MNFGroup
+from pymc_flows.warning import warn_user
 
 FORMAT, FORMAT_VERSION = "pymc_flows fit", 1
 PYMC_GROUPS = {"mean_field": MeanFieldGroup, "full_rank": FullRankGroup}
@@ -404,7 +404,7 @@ def _check_model(saved, arrays, model, strict, path) -> None:
         )
         if strict:
             raise ValueError(f"{message}. strict=False loads it all the same")
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn_user(message)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
