@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +27,8 @@ from pytensor.tensor.basic import Join
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
+
+from pymc_flows.warning import warn_user
 
 # elements of a draw's matrix, of which 64 together no longer fit into a cache
 LARGE_MATRIX = 2**13
@@ -112,15 +113,13 @@ def batch(
         try:
             batched = vectorize_graph(graphs, replacements)
             _refuse_branches(batched)
+            batched = _scan_plainly(_join_plainly(batched, n_draws), n_draws)
         except (NotImplementedError, TypeError, ValueError) as error:
-            warnings.warn(
+            warn_user(
                 f"the model's graph can't be vectorised ({error}); its draws are evaluated one by "
-                "one, which is slower. vectorize=False does so without this warning",
-                UserWarning,
-                stacklevel=2,
+                "one, which is slower. vectorize=False does so without this warning"
             )
         else:
-            batched = _scan_plainly(_join_plainly(batched, n_draws), n_draws)
             return [_with_draws(b, g, n_draws) for b, g in zip(batched, graphs, strict=True)]
     return _loop(graphs, replacements)
 
@@ -181,17 +180,10 @@ def _scan_plainly(graphs, n_draws):
 
     JAX can't compile the latter, and other backends run it more slowly.
     """
-    tried = set()
-    while nodes := [n for n in _blockwise_scans(graphs) if n not in tried]:
+    while nodes := _blockwise_scans(graphs):
         node = nodes[0]
-        tried.add(node)
-        try:
-            found = _batched_scan(node, n_draws)
-        except (NotImplementedError, TypeError, ValueError):
-            continue  # it stays a loop over the draws' loops: slower, and right
-        if found is not None:
-            replacements = dict(zip(node.outputs, found, strict=True))
-            graphs = graph_replace(graphs, replacements, strict=False)
+        replacements = dict(zip(node.outputs, _batched_scan(node, n_draws), strict=True))
+        graphs = graph_replace(graphs, replacements, strict=False)
     return graphs
 
 
@@ -210,12 +202,14 @@ def _depends(node, other):
 
 
 def _batched_scan(node, n_draws):
-    """The outputs of a batched loop as those of one loop over batches; None where not supported."""
+    """The outputs of a batched loop as those of one loop over batches."""
     op, info = node.op.core_op, node.op.core_op.info
     unsupported = (info.n_mit_mot, info.n_mit_sot, info.n_untraced_sit_sot, info.as_while)
     (n_steps,) = constant_fold([node.inputs[0][0]], raise_not_constant=False)
     if any(unsupported) or isinstance(n_steps, Variable):
-        return None
+        raise NotImplementedError(
+            "a loop looks back more than one step, or has no fixed number of steps"
+        )
     n_steps = int(n_steps)
     outer = [pt.broadcast_to(v, (n_draws, *tuple(v.shape)[1:])) for v in node.inputs[1:]]
     outer = [node.inputs[0], *outer]

@@ -6,12 +6,14 @@ import pytensor
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pytensor import sparse
 from pytensor.conditional.op import ifelse
 from pytensor.graph.traversal import ancestors
 from pytensor.scan.op import Scan
 from pytensor.tensor.basic import Join
 from pytensor.tensor.blockwise import Blockwise
 from scipy import stats
+from scipy.sparse import csr_matrix
 
 from pymc_flows import FlowApproximation
 from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
@@ -187,5 +189,53 @@ def test_a_loop_takes_all_draws_at_once():
     gradient = pt.grad(log_p.sum(), x)
     found, score = pytensor.function([x], [log_p, gradient], mode="JAX")(draws)
     point, slope = model.compile_logp(), model.compile_dlogp()
+    assert_allclose(found, [point({"rate": row}) for row in draws], rtol=1e-10)
+    assert_allclose(score, [slope({"rate": row}) for row in draws], rtol=1e-8)
+
+
+def two_back():
+    """Model with a loop that looks back two steps."""
+    with pm.Model() as model:
+        rate = pm.Normal("rate", shape=2)
+        path = pytensor.scan(
+            lambda second, first, rate: rate[0] * first + rate[1] * second + 0.1,
+            outputs_info=[{"initial": pt.constant([0.1, 0.2]), "taps": [-2, -1]}],
+            non_sequences=[rate],
+            n_steps=4,
+            return_updates=False,
+        )
+        pm.Normal("y", path, 1.0, observed=[0.1, 0.3, -0.2, 0.4])
+    return model
+
+
+def sparse_step():
+    """Model with a loop over a sparse matrix, which has no batch."""
+    matrix = csr_matrix(np.array([[0.5, 0.2], [0.0, 0.3]]))
+    with pm.Model() as model:
+        rate = pm.Normal("rate", shape=2)
+        path = pytensor.scan(
+            lambda x: sparse.dot(sparse.as_sparse_variable(matrix), x[:, None])[:, 0],
+            outputs_info=[rate],
+            n_steps=3,
+            return_updates=False,
+        )
+        pm.Normal("y", path, 1.0, observed=np.ones((3, 2)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "mode", "why"), [(two_back, "JAX", "looks back"), (sparse_step, None, "[Ss]parse")]
+)
+def test_a_loop_that_takes_one_draw_at_a_time_says_so(build, mode, why, python):
+    if mode == "JAX":
+        pytest.importorskip("jax")
+    model, x = build(), pt.matrix("x", shape=(5, 2))
+    with pytest.warns(UserWarning, match=f"can't be vectorised .*{why}.* one by one") as caught:
+        log_p = sum(log_density(approximation_of(model, "rate"), x))
+    assert caught[0].filename == __file__
+    draws = np.random.default_rng(0).normal(size=(5, 2))
+    outputs = [log_p, pt.grad(log_p.sum(), x)]
+    found, score = pytensor.function([x], outputs, mode=mode or python)(draws)
+    point, slope = model.compile_logp(mode=python), model.compile_dlogp(mode=python)
     assert_allclose(found, [point({"rate": row}) for row in draws], rtol=1e-10)
     assert_allclose(score, [slope({"rate": row}) for row in draws], rtol=1e-8)
