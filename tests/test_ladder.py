@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import arviz as az
 import numpy as np
@@ -18,6 +20,7 @@ from pymc_flows import NFVI, NormalizingFlow, importance, ladder
 from pymc_flows.bijections import Mixture
 from pymc_flows.families import affine_map
 from pymc_flows.ladder import MORE_LAYERS
+from pymc_flows.training import Schedule
 
 SMALL = {"n_layers": 1, "hidden": (4,), "random_seed": 1}
 
@@ -268,6 +271,38 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("ess", "growth_ahead", "weighed", "reason"),
+    [
+        (0.97, False, True, "the importance weights are even"),
+        (0.8, True, False, ""),  # neither good nor hopeless: more steps tell more than more draws
+        (0.5, True, True, ""),
+        (0.3, True, True, "the importance weights are uneven, and a larger flow may do better"),
+        (0.3, False, False, ""),  # as in refine, after which nothing grows
+    ],
+)
+def test_a_look_weighs_only_what_it_may_end(
+    normal, monkeypatch, python, ess, growth_ahead, weighed, reason
+):
+    with normal:
+        inference = NFVI("loc")
+        inference.fit(2, obj_n_mc=4, initialize=False, progressbar=False)
+    looking, asked = inference._ladder, []
+
+    def judge(seed, n_draws):
+        asked.append(n_draws)
+        return SimpleNamespace(weighing=SimpleNamespace(ess=ess, even=ess > 0.9), elbo=-1.0)
+
+    monkeypatch.setattr(looking, "_judge", judge)
+    looking._growth_ahead = growth_ahead
+    looking.settings = replace(looking.settings, may_grow=True)
+    schedule = Schedule(1e-2, 5000)
+    schedule.n_cuts = 2
+    assert looking._look(schedule, 2000) == reason
+    assert (len(asked) > 1) == weighed
+    assert looking._even_elbo == (-1.0 if "are even" in reason else None)
 
 
 @pytest.fixture
