@@ -32,7 +32,12 @@ GRID = np.linspace(-6, 6, 61)
 TOY = {"n": 6000, "obj_n_mc": 16, "patience": 0}
 KNOWN, UNKNOWN = range(8), (8, 9)
 HIDDEN, BATCH = 50, 100
-DIGITS = {"n": 4000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000}
+# Seen, two seeds of mnf: drawing each row's products anew lifts the ELBO by 14 and 22 nats of 750, and
+# a step takes twice as long; three times the steps gain as much. The table is without.
+DIGITS = {
+    "n": 4000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000,
+    "local_reparameterization": False,
+}  # fmt: skip
 METHODS = ("mnf", "mean field")
 
 

@@ -35,7 +35,7 @@ REFINE_RATE = 0.2
 SMALL_SIDE = 256
 FIT_OPTIONS = (
     "n", "score", "callbacks", "progressbar", "progressbar_theme", "backend", "include_transformed",
-    "learning_rate", "annealing", "kl_warmup", "gradient", "initialize", "patience", "n_restarts", "vectorize", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
+    "learning_rate", "annealing", "kl_warmup", "gradient", "initialize", "patience", "n_restarts", "vectorize", "local_reparameterization", "obj_n_mc", "obj_optimizer", "total_grad_norm_constraint",
     "more_obj_params", "more_updates", "more_replacements", "compile_kwargs",
 )  # fmt: skip
 
@@ -115,6 +115,7 @@ class NFVI(Inference):
         patience: int = 50,
         n_restarts: int = 1,
         vectorize: bool | None = None,
+        local_reparameterization: bool | None = None,
         obj_n_mc: int | None = None,
         obj_optimizer: Callable | None = None,
         total_grad_norm_constraint: float | None = None,
@@ -176,6 +177,13 @@ class NFVI(Inference):
             Evaluate the log density of all draws as one batch, or loop over them. By default a
             batch, but a loop where one draw's matrices are large or the model can't be batched
             (which is said in a warning).
+        local_reparameterization : bool, optional
+            Of ``mnf`` matrices, draw the products with the data in place of the matrices, for each row of
+            the data anew (Kingma et al. 2015, arXiv:1506.02557): the same ELBO, with less noise, for
+            multipliers that go through the flow once a row. That takes a likelihood that is seen to be a
+            sum over rows and knows a matrix by one product alone; True raises where that is not so
+            for all of them. By default with minibatches, of those matrices that allow it, which
+            ``approx.fit_stats["local_reparameterization"]`` names.
         obj_n_mc : int, optional
             Draws a step. By default 64, and 512 in a second stage, in which ``flow`` also has
             more layers (unless there are callbacks, which may count on the weights' shape), where the
@@ -240,6 +248,7 @@ class NFVI(Inference):
             initialize=initialize,
             patience=patience if obj_optimizer is None else 0,
             vectorize=vectorize,
+            local=local_reparameterization,
             score=self._maybe_score(score),
             callbacks=list(callbacks or ()),
             progressbar=progressbar,
@@ -260,6 +269,7 @@ class NFVI(Inference):
             "nonfinite_steps": 0,
             "invalid_draws": 0,
             "roll_backs": 0,
+            "local_reparameterization": [],
         }
         with _few_threads(self.approx.model, backend, compile_kwargs):
             if n_restarts == 1:

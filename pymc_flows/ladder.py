@@ -39,9 +39,10 @@ from pymc_flows.initialization import (
     fits,
     gaussian_of,
 )
+from pymc_flows.local_reparameterization import LocalDraws
 from pymc_flows.log_density import has_large_matrices, has_minibatch
 from pymc_flows.multiplicative import MNFGroup
-from pymc_flows.objective import Pulled, Target, build_objective, undo
+from pymc_flows.objective import Pulled, Target, build_objective, find_local_draws, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 from pymc_flows.warning import warn_user
 
@@ -93,6 +94,7 @@ class Settings:
     callbacks: Sequence[Callable]
     progressbar: bool
     theme: Any
+    local: bool | None
     optimizer: Callable | None
     max_norm: float | None
     more_params: Sequence[Variable]
@@ -126,6 +128,7 @@ class Ladder:
         self.approx, self.settings, self.target = approx, settings, target
         self.start: Start | None = None
         self.step: Step | None = None
+        self._local: LocalDraws | None = None
         self.losses = np.zeros(0)
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
@@ -197,7 +200,9 @@ class Ladder:
 
     def go_on(self, n: int, rate: float) -> None:
         """Train further with the step, optimizer's memory and noise that there are."""
-        step = self.step or self._compile_step(self.settings.n_draws)
+        step = self.step
+        if step is None or self._has_other_rows():
+            step = self._compile_step(self.settings.n_draws)
         self._train(step, Schedule(rate, n, window=self.settings.patience), n)
         if self._density_is_fixed() and self._may_weigh:
             self._finish(0)
@@ -253,6 +258,21 @@ class Ladder:
         interprets = self._interprets and n_draws <= FEW_DRAWS
         return target.fell_back or interprets or has_large_matrices(self.approx.model)
 
+    def _local_draws(self, split, n_draws) -> LocalDraws | None:
+        """Products that are drawn in place of weights, where the model and the arguments allow it."""
+        settings = self.settings
+        by_default = has_minibatch(self.approx.model) and not split
+        if self._may_weigh or not (by_default if settings.local is None else settings.local):
+            return None
+        found, refused = find_local_draws(self.approx, n_draws, settings.more_replacements)
+        if settings.local and refused:
+            name, why = next(iter(refused.items()))
+            raise ValueError(
+                f"local_reparameterization=True needs a likelihood that lets it draw the products of "
+                f"every mnf matrix, and that of {name!r} does not: {why}. None draws those it can"
+            )
+        return found if found.names else None
+
     @property
     def _interprets(self):
         """Whether the flow's part of a step runs in NumPy."""
@@ -295,6 +315,9 @@ class Ladder:
             self.step = None
         with approx.model, self._timed("compile"):
             split = target is not None and self._splits(target, n_draws)
+            self._local = local = self._local_draws(split, n_draws)
+            split = split and local is None
+            approx.fit_stats["local_reparameterization"] = list(local.names) if local else []
             annealed = self._annealing() > 0
             targets = [target] if target is not None and split else []
             if targets and annealed:
@@ -309,6 +332,7 @@ class Ladder:
                 vectorize=settings.vectorize,
                 more_params=settings.more_params,
                 more_replacements=settings.more_replacements,
+                local=local,
             )
             self.step = Step(
                 approx,
@@ -321,6 +345,14 @@ class Ladder:
                 **settings.compiling,
             )
         return self.step
+
+    def _has_other_rows(self):
+        """Whether the data have another number of rows than the noise that was made for them."""
+        if self._local is None:
+            return False
+        settings, n_draws = self.settings, self._local.noise[0].type.shape[0]
+        found, _ = find_local_draws(self.approx, n_draws, settings.more_replacements)
+        return [v.type for v in found.noise] != [v.type for v in self._local.noise]
 
     def _initialize(self, target: Target) -> bool:
         """Put flows where the posterior is; whether an affine map alone is good enough."""

@@ -28,6 +28,7 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_flows.local_reparameterization import LocalDraws
 from pymc_flows.warning import warn_user
 
 # elements of a draw's matrix, of which 64 together no longer fit into a cache
@@ -53,6 +54,7 @@ def log_density(
     more_replacements: Mapping[Variable, Variable] | None = None,
     model: Model | None = None,
     jacobian: bool = True,
+    local: LocalDraws | None = None,
 ) -> list[TensorVariable]:
     """Log prior with Jacobians, and log likelihood with potentials, of each draw.
 
@@ -68,6 +70,8 @@ def log_density(
         With the same free variables as the approximation's, which is the default.
     jacobian : bool, default True
         Include the Jacobians of the model's transforms in the prior.
+    local : LocalDraws, optional
+        What the likelihood has in place of some of the variables.
 
     Returns
     -------
@@ -78,7 +82,10 @@ def log_density(
     graphs = [model.logp(vars=model.free_RVs, jacobian=jacobian), model.datalogp]
     if more_replacements:
         graphs = graph_replace(graphs, dict(more_replacements), strict=False)
-    return batch(graphs, model, value_slices(approx, x), vectorize)
+    more_values = None
+    if local is not None:
+        graphs[1], more_values = local.substitute(graphs[1])
+    return batch(graphs, model, value_slices(approx, x), vectorize, more_values)
 
 
 def batch(
@@ -86,6 +93,7 @@ def batch(
     model: Model,
     values: Mapping[str, TensorVariable],
     vectorize: bool | None = None,
+    more_values: Mapping[Variable, TensorVariable] | None = None,
 ) -> list[TensorVariable]:
     r"""Evaluate graphs of a model's value variables on a batch of values.
 
@@ -101,11 +109,14 @@ def batch(
         Batch the graph, or scan over the draws. By default, what is faster: a scan where a draw's
         own matrices are large and there are no minibatches, and a batch otherwise; and, with a warning, a
         scan where a graph can't be batched.
+    more_values : mapping of Variable to TensorVariable, optional
+        Further variables of the graphs, to (draws, \*shape).
     """
     first = next(iter(values.values()))
     n_draws = first.shape[0] if first.type.shape[0] is None else first.type.shape[0]
     graphs = _fit_for_batches(graphs, model.check_bounds)
     replacements = {v: values[v.name] for v in model.value_vars if v.name in values}
+    replacements |= more_values or {}
     if vectorize is None:
         # a loop can't draw minibatches
         vectorize = has_minibatch(model) or not _has_large_matrices(graphs, replacements)

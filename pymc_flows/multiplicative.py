@@ -170,6 +170,31 @@ class MNFGroup(Group):
             first += layer.noise_dim
         return pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1), log_q
 
+    def local_laws(self, noise):
+        """Multipliers of matrices, and law of the matrices given them.
+
+        Parameters
+        ----------
+        noise : dict of str to TensorVariable
+            Value variable's name to base noise (draws, rows of the data, rows of the matrix).
+
+        Returns
+        -------
+        dict of str to tuple of TensorVariable
+            Multipliers of the noise's shape, and mean and sd (rows, columns).
+        """
+        found = {}
+        for name, (layer, params) in zip(self._names(), self._layers_and_params(), strict=True):
+            if name in noise:
+                base = noise[name].reshape((-1, layer.shape[0]))
+                z, _ = layer.multipliers(base, params)
+                mean, sd = pt.tensor_copy(params["mean"]), pt.exp(params["log_sd"])
+                found[name] = z.reshape(noise[name].shape), mean, sd
+        return found
+
+    def _names(self):
+        return [name for name, *_ in self.ordering.values()]
+
     @node_property
     def _drawn(self):
         return self.draws_and_log_q(self.symbolic_initial)

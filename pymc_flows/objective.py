@@ -15,9 +15,10 @@ from pytensor.graph.basic import Variable
 from pytensor.graph.replace import graph_replace
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_flows.approximation import FlowApproximation
+from pymc_flows.approximation import FlowApproximation, carries_score
 from pymc_flows.bijections import Bijection, Params, flatten
 from pymc_flows.compilation import compile_function, prefers_jax, runs_on_jax
+from pymc_flows.local_reparameterization import LocalDraws, local_draws
 from pymc_flows.log_density import log_density, minibatch_scale
 
 GRADIENTS = ("stl", "reparameterization", "dreg")
@@ -155,10 +156,48 @@ def _prior_and_score(approx, x, vectorize, more_replacements):
     return [prior, pt.grad(prior.sum(), x)]
 
 
-def _density_and_score(approx, x, vectorize, more_replacements=None, jacobian=True):
-    prior, likelihood = log_density(approx, x, vectorize, more_replacements, jacobian=jacobian)
+def _density_and_score(
+    approx, x, vectorize, more_replacements=None, jacobian=True, local: LocalDraws | None = None
+):
+    prior, likelihood = log_density(
+        approx, x, vectorize, more_replacements, jacobian=jacobian, local=local
+    )
     log_p: Any = prior + likelihood
-    return [log_p, pt.grad(log_p.sum(), x)]
+    if local is None:
+        return [log_p, pt.grad(log_p.sum(), x)]
+    # means and standard deviations are all draws', so what is not finite must count for nothing here
+    total = pt.switch(pt.isfinite(log_p), log_p, 0).sum()
+    scores: Any = pt.grad(total, [x, *local.multipliers, *local.means, *local.sds])
+    return [log_p, *scores]
+
+
+def find_local_draws(
+    approx: FlowApproximation,
+    n_draws: int,
+    more_replacements: Mapping[Variable, Variable] | None = None,
+) -> tuple[LocalDraws, dict[str, str]]:
+    """Which mnf matrices a likelihood takes by their products alone, and for the others why not.
+
+    Parameters
+    ----------
+    approx, n_draws, more_replacements
+        As in :func:`build_objective`.
+    """
+    likelihood = approx.model.datalogp
+    if more_replacements:
+        (likelihood,) = graph_replace([likelihood], dict(more_replacements), strict=False)
+    by_name = {v.name: v for v in approx.model.value_vars}
+    zeros, weights, refused = {}, [], {}
+    for group in approx.groups:
+        for name, _, shape, dtype in group.ordering.values():
+            zeros[by_name[name]] = np.zeros(shape, dtype=dtype)
+            if not carries_score(group):
+                if len(shape) == 2:
+                    weights.append(by_name[name])
+                else:
+                    refused[name] = "it has more than two dimensions"
+    found, more = local_draws(likelihood, weights, n_draws, zeros)
+    return found, refused | more
 
 
 @dataclass(frozen=True)
@@ -168,7 +207,8 @@ class Objective:
     Attributes
     ----------
     noise : list of TensorVariable
-        Base noise of each group, (draws, dim of the group): inputs.
+        Base noise of each group, (draws, dim of the group), and that of products drawn in place of
+        weights: inputs.
     temper : TensorVariable
         Power to which the model's density is raised, an input: 1 is the posterior, less is flatter
         (Rezende & Mohamed 2015, section 6.1).
@@ -219,6 +259,7 @@ def build_objective(
     vectorize: bool | None = None,
     more_params: Sequence[Variable] = (),
     more_replacements: Mapping[Variable, Variable] | None = None,
+    local: LocalDraws | None = None,
 ) -> Objective:
     """Write down the negative ELBO of an approximation and an estimate of its gradient.
 
@@ -249,6 +290,10 @@ def build_objective(
         Trainable variables beyond ``approx.params``.
     more_replacements : mapping of Variable to Variable, optional
         Applied to the model's log density.
+    local : LocalDraws, optional
+        Products that the likelihood draws in place of weights, anew for each row of the data: the
+        local reparametrization (Kingma et al. 2015, arXiv:1506.02557). The loss stays the negative
+        ELBO on average, with less noise; the log weights are no longer a draw's. Not with ``split``.
     """
     noise, x, log_q, score_q, scoreless = _draws(approx, n_draws, gradient)
     temper, kl_weight = pt.scalar("temper"), pt.scalar("kl_weight")
@@ -257,7 +302,7 @@ def build_objective(
 
     def density(jacobian):
         if not split:
-            return _density_and_score(approx, x_free, vectorize, more_replacements, jacobian)
+            return _density_and_score(approx, x_free, vectorize, more_replacements, jacobian, local)
         given = [pt.vector("log_p", shape=(n_draws,)), pt.matrix("score", shape=x.type.shape)]
         inputs.extend(given)
         return given
@@ -270,13 +315,27 @@ def build_objective(
         tempered = [temper * part for part in tempered]
     if warmed:
         prior = _prior_and_score(approx, x_free, vectorize, more_replacements)
-        tempered = [p + (kl_weight - 1) * q for p, q in zip(tempered, prior, strict=True)]
+        # the prior is of the weights themselves
+        tempered[:2] = [p + (kl_weight - 1) * q for p, q in zip(tempered, prior, strict=False)]
         log_q, score_q = kl_weight * log_q, kl_weight * score_q
     placed: dict[Any, Any] = {x_free: x}
-    log_p, score = graph_replace(tempered, placed, strict=False)
+    of_rows: list[TensorVariable] = []
+    of_all: list[TensorVariable] = []
+    if local is not None:
+        base_noise = dict(zip(local.names, local.base_noise, strict=True))
+        laws: dict[str, tuple[TensorVariable, ...]] = {}
+        for group in approx.groups:
+            if not carries_score(group):
+                laws |= group.local_laws(base_noise)
+        of_rows = [laws[name][0] for name in local.names]
+        of_all = [laws[name][i] for i in (1, 2) for name in local.names]
+        placed |= zip([*local.multipliers, *local.means, *local.sds], of_rows + of_all, strict=True)
+    log_p, score, *local_scores = graph_replace(tempered, placed, strict=False)
 
     # A draw that fails must not poison the others, so its weight and its score are both zero.
     valid = pt.isfinite(log_p) & pt.isfinite(log_q) & pt.isfinite(score.sum(axis=1))
+    for of_row in local_scores[: len(of_rows)]:
+        valid &= pt.isfinite(of_row.sum(axis=(1, 2)))
     n_valid = valid.sum()
     count = pt.maximum(n_valid, 1).astype(x.dtype)
     scaling = np.asarray(_minibatch_scaling(approx), dtype=x.dtype)
@@ -299,6 +358,10 @@ def build_objective(
         loss = pt.switch(valid, (log_q - log_p) * weight, 0).sum()
         pull = score_q - score
         known = {x: pt.switch(valid[:, None], pull * weight[:, None], 0), log_p: -weight}
+        for z, own in zip(of_rows, local_scores, strict=False):
+            known[z] = pt.switch(valid[:, None, None], -own * weight[:, None, None], 0)
+        for law, own in zip(of_all, local_scores[len(of_rows) :], strict=True):
+            known[law] = -own / (count * scaling)
         if scoreless is not None:
             known[scoreless] = kl_weight * weight if warmed else weight
         terms = pt.switch(valid, log_p - log_q, 0)
@@ -311,6 +374,8 @@ def build_objective(
         known[log_choice] = pt.switch(valid, -gain / scaling, 0)
     params = [*approx.params, *more_params]
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
+    if local is not None:
+        noise = [*noise, *local.base_noise, *local.noise]
     return Objective(
         noise, temper, kl_weight, x, inputs, loss, log_weights, n_valid, params, gradients
     )
