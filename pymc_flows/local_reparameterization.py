@@ -362,8 +362,8 @@ def _alloc(op, node, own, rows):
 
 def _reshape(op, node, own, rows):
     axis, old, new = own[0], node.inputs[0].type.shape, node.outputs[0].type.shape
-    if axis == SUM:
-        return SUM
+    if axis in (None, SUM):
+        return axis
     # there are only ones beside the rows, or what is left of them is not touched
     if len(new) == 1 and all(n == 1 for i, n in enumerate(old) if i != axis):
         return 0
@@ -373,10 +373,10 @@ def _reshape(op, node, own, rows):
 
 def _subtensor(op, node, own, rows):
     axis = own[0]
-    if axis == SUM:
-        return SUM
     if any(r is not None for r in own[1:]):
         return None
+    if axis == SUM:
+        return SUM
     entries = list(op.idx_list)
     if axis < len(entries) and entries[axis] != slice(None):
         return None

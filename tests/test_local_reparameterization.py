@@ -232,6 +232,18 @@ def reordered():
     )
 
 
+def looked_up():
+    weights = pm.Normal("weights", shape=(3, 1))
+    place = pt.clip(pt.floor((X @ weights)[:, 0]), 0, 3).astype("int64")
+    pm.Normal("y", pt.as_tensor(np.arange(4.0))[place], observed=X[:, 0])
+
+
+def indexed():
+    weights = pm.Normal("weights", shape=(3, 1))
+    place = pt.clip(pt.sum(X @ weights), 0, 3).astype("int64")
+    pm.Normal("y", pt.as_tensor(np.arange(4.0))[place], observed=1.0)
+
+
 def correlated():
     weights = pm.Normal("weights", shape=(3, 1))
     pm.MvNormal("y", (X @ weights)[:, 0], np.eye(6), observed=X[:, 0])
@@ -277,6 +289,8 @@ REFUSED = {
     over_rows: ("weights", r"Softmax\{axis=\(0,\)\} mixes the rows"),
     neighbours: ("weights", "Subtensor.* mixes the rows"),
     reordered: ("weights", "AdvancedSubtensor.* mixes the rows"),
+    looked_up: ("weights", "AdvancedSubtensor.* mixes the rows"),
+    indexed: ("weights", "Clip mixes the rows"),
     correlated: ("weights", "SolveTriangular.* mixes the rows"),
     pairs: ("weights", "Add mixes the rows"),
     contracted: ("first", "Dot mixes the rows"),
