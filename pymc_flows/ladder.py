@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ from pymc_flows.objective import Pulled, Target, build_objective, find_local_dra
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 from pymc_flows.warning import warn_user
 
+# multipliers of a step, one for each draw, row of the data and row of a matrix, that memory easily holds
+MANY_MULTIPLIERS = 2**21
 # draws a call, at least, for what is not a step
 BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
@@ -261,6 +264,10 @@ class Ladder:
     def _local_draws(self, split, n_draws) -> LocalDraws | None:
         """Products that are drawn in place of weights, where the model and the arguments allow it."""
         settings = self.settings
+        if settings.local and self._may_weigh:
+            raise ValueError(
+                "local_reparameterization must be None or False without an mnf group, got True"
+            )
         by_default = has_minibatch(self.approx.model) and not split
         if self._may_weigh or not (by_default if settings.local is None else settings.local):
             return None
@@ -271,7 +278,9 @@ class Ladder:
                 f"local_reparameterization=True needs a likelihood that lets it draw the products of "
                 f"every mnf matrix, and that of {name!r} does not: {why}. None draws those it can"
             )
-        return found if found.names else None
+        n_multipliers = sum(math.prod(v.type.shape) for v in found.base_noise)
+        many = settings.local is None and n_multipliers > MANY_MULTIPLIERS
+        return found if found.names and not many else None
 
     @property
     def _interprets(self):

@@ -76,7 +76,8 @@ class Product:
         noise : TensorVariable
             Of the product's shape, standard normal.
         """
-        x = self.other.T if self.left else self.other
+        # small integers, as of images, have no room for their squares
+        x = (self.other.T if self.left else self.other).astype(mean.dtype)
         if self.left == self.transposed:
             middle, variance = (x * multipliers) @ mean, x**2 @ sd**2
         else:
@@ -92,7 +93,7 @@ class LocalDraws:
 
     Attributes
     ----------
-    names : tuple of str
+    weights : tuple of TensorVariable
         Value variables whose products are drawn.
     multipliers, means, sds : list of TensorVariable
         For each (draws, rows of the data, rows of the weights), and twice (rows, columns) of the
@@ -101,20 +102,24 @@ class LocalDraws:
         Of the multipliers, and of the product (draws, \*its shape), standard normal: inputs.
     """
 
-    names: tuple[str, ...]
+    weights: tuple[TensorVariable, ...]
     multipliers: list[TensorVariable]
     means: list[TensorVariable]
     sds: list[TensorVariable]
     base_noise: list[TensorVariable]
     noise: list[TensorVariable]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the value variables."""
+        return tuple(str(variable.name) for variable in self.weights)
+
     def substitute(self, likelihood: TensorVariable) -> tuple[Any, dict[Variable, TensorVariable]]:
         """Put one draw's products into a likelihood; also return what stands for them in a batch."""
         fgraph = _merged(likelihood)
-        by_name = {v.name: v for v in fgraph.inputs if v.name in self.names}
         batched: dict[Variable, TensorVariable] = {}
-        for i, name in enumerate(self.names):
-            product = _product(by_name[name], fgraph)
+        for i, weights in enumerate(self.weights):
+            product = _product(weights, fgraph)
             together = (self.multipliers[i], self.noise[i])
             own = [pt.matrix(shape=v.type.shape[1:], dtype=v.dtype) for v in together]
             batched |= dict(zip(own, together, strict=True))
@@ -160,15 +165,17 @@ def local_draws(
     for variable in weights:
         try:
             product = _product(variable, fgraph)
-            if any(product.other is other.weights for other in kept):
-                raise MixesRowsError(f"its product with {product.other.name!r} is drawn as that's")
+            for other in kept:
+                if product.value is other.value:
+                    raise MixesRowsError(
+                        f"its product with {other.weights.name!r} is drawn as that's"
+                    )
             _check_rows(fgraph, [*kept, product])
         except MixesRowsError as error:
             refused[str(variable.name)] = str(error)
         else:
             kept.append(product)
-    names = tuple(str(product.weights.name) for product in kept)
-    found = LocalDraws(names, [], [], [], [], [])
+    found = LocalDraws(tuple(product.weights for product in kept), [], [], [], [], [])
     for product in kept:
         name, dtype = product.weights.name, product.weights.dtype
         shape, drawn = zeros[product.weights].shape, _shape(product.value, zeros)
@@ -246,7 +253,8 @@ def _check_rows(fgraph, products) -> None:
     found = rows.get(likelihood)
     if isinstance(found, MixesRowsError):
         raise found
-    assert found in (None, SUM), found
+    if found not in (None, SUM):
+        raise MixesRowsError("it is no sum over rows")
 
 
 def _rows_of(node, rows):
@@ -275,22 +283,24 @@ def _rows_of(node, rows):
 # None, and returns where they lie in the output, or None where the op mixes them.
 
 
+# input in which an operation is not linear, though it is in the others
+NOT_LINEAR_IN = {TrueDiv: 1, Switch: 0, Second: 0}
+
+
 def _elemwise(op, node, own, rows):
     depending = {r for r in own if r is not None}
     if SUM not in depending and len(depending) == 1:
         return depending.pop()
     # sums of terms stay so under what is linear in them
     scalar_op, alone = op.scalar_op, sum(r is not None for r in own) == 1
-    linear = isinstance(scalar_op, Add | Sub | Neg | Identity | Cast)
+    linear = isinstance(scalar_op, Add | Sub | Neg | Identity)
+    linear |= isinstance(scalar_op, Cast) and node.outputs[0].dtype.startswith("float")
     linear |= isinstance(scalar_op, Mul) and alone
     linear |= (
-        isinstance(scalar_op, TrueDiv | Switch | Second) and own[_CONSTANT[type(scalar_op)]] is None
+        isinstance(scalar_op, TrueDiv | Switch | Second)
+        and own[NOT_LINEAR_IN[type(scalar_op)]] is None
     )
     return SUM if linear and SUM in depending else None
-
-
-# input in which an operation is not linear, though it is in the others
-_CONSTANT = {TrueDiv: 1, Switch: 0, Second: 0}
 
 
 def _blockwise(op, node, own, rows):
@@ -436,7 +446,8 @@ RULES: list[tuple[Any, Any]] = [
     (Elemwise, _elemwise),
     (DimShuffle, _dimshuffle),
     (CAReduce, _reduction),
-    ((Softmax, LogSoftmax, LogSumExp), _along_axis),
+    ((Softmax, LogSoftmax), _along_axis),
+    (LogSumExp, _reduction),
     (Dot, _dot),
     (Join, _join),
     (MakeVector, _make_vector),

@@ -165,9 +165,15 @@ def _density_and_score(
     log_p: Any = prior + likelihood
     if local is None:
         return [log_p, pt.grad(log_p.sum(), x)]
-    # means and standard deviations are all draws', so what is not finite must count for nothing here
+    # means and standard deviations are those of all draws: where a draw's slope in them is not finite, the
+    # step's is not, and the step is skipped
     total = pt.switch(pt.isfinite(log_p), log_p, 0).sum()
-    scores: Any = pt.grad(total, [x, *local.multipliers, *local.means, *local.sds])
+    # a flat prior has no slope, and the likelihood knows the weights no more
+    scores: Any = pt.grad(
+        total,
+        [x, *local.multipliers, *local.means, *local.sds],
+        disconnected_inputs="ignore",
+    )
     return [log_p, *scores]
 
 

@@ -11,6 +11,7 @@ from pytensor.compile.mode import Mode
 from scipy import stats
 
 import pymc_flows as pmf
+from pymc_flows import ladder
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import build_objective, find_local_draws
 
@@ -244,6 +245,17 @@ def indexed():
     pm.Normal("y", pt.as_tensor(np.arange(4.0))[place], observed=1.0)
 
 
+def whole_numbers():
+    weights = pm.Normal("weights", shape=(3, 1))
+    pm.Potential("y", 1.0 * pt.sum(X @ weights).astype("int64"))
+
+
+def moved_rows():
+    weights = pm.Normal("weights", shape=(2, 3))
+    eta = pt.special.logsumexp((weights @ X.T)[:, :, None], axis=0)
+    pm.Normal("y", pt.special.softmax(eta, axis=0), observed=X[:, :1])
+
+
 def correlated():
     weights = pm.Normal("weights", shape=(3, 1))
     pm.MvNormal("y", (X @ weights)[:, 0], np.eye(6), observed=X[:, 0])
@@ -291,6 +303,8 @@ REFUSED = {
     reordered: ("weights", "AdvancedSubtensor.* mixes the rows"),
     looked_up: ("weights", "AdvancedSubtensor.* mixes the rows"),
     indexed: ("weights", "Clip mixes the rows"),
+    whole_numbers: ("weights", "Cast.* mixes the rows"),
+    moved_rows: ("weights", r"Softmax\{axis=\(0,\)\} mixes the rows"),
     correlated: ("weights", "SolveTriangular.* mixes the rows"),
     pairs: ("weights", "Add mixes the rows"),
     contracted: ("first", "Dot mixes the rows"),
@@ -314,15 +328,35 @@ def test_what_mixes_rows_is_refused(build):
         inference.fit(3, local_reparameterization=True, progressbar=False)
 
 
-def test_two_matrices_of_one_product_are_not_both_drawn_so():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_two_matrices_of_one_product_are_not_both_drawn_so(transposed):
     def factors():
-        loadings = pm.Normal("loadings", shape=(6, 2))
+        loadings = pm.Normal("loadings", shape=(2, 6) if transposed else (6, 2))
         scores = pm.Normal("scores", shape=(2, 3))
-        pm.Normal("y", loadings @ scores, observed=X)
+        pm.Normal("y", (loadings.T if transposed else loadings) @ scores, observed=X)
 
-    found, refused = find_local_draws(fitted(factors), 2)
+    approx = fitted(factors)
+    found, refused = find_local_draws(approx, 2)
     assert found.names == ("loadings",)
-    assert "is drawn as that's" in refused["scores"]
+    assert "its product with 'loadings' is drawn as that's" in refused["scores"]
+    found.substitute(approx.model.datalogp)
+
+
+def test_small_integers_have_room_for_their_squares():
+    """And data of a matrix's name are not taken for it; nor does a flat prior's slope have to exist."""
+    pixels = np.array([[200, 100, 250], [0, 1, 255]], dtype="uint8")
+    losses = []
+    for data in (pixels, pixels.astype(float)):
+
+        def images(data=data):
+            weights = pm.Flat("weights", shape=(3, 1))
+            inputs = pytensor.shared(data, name="weights")
+            pm.Normal("y", inputs @ weights, 100.0, observed=[[1.0], [2.0]])
+
+        objective, function = objective_function(fitted(images), 2, local=True)
+        losses.append(function(*noise_of(objective, np.random.default_rng(0))))
+    for one, two in zip(*losses, strict=True):
+        assert_allclose(one, two, rtol=1e-6, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------- what is drawn
@@ -448,7 +482,7 @@ def test_fits_say_what_they_drew(python, tmp_path):
     options = {"random_seed": 1, "inf_kwargs": SMALL, "progressbar": False, "obj_n_mc": 2}
     losses = {}
     # by default only of minibatches
-    for local, names in ((None, []), (True, ["first", "last"]), (False, [])):
+    for local, names in ((None, []), (False, []), (True, ["first", "last"])):
         with model:
             approx = pm.fit(4, method="mnf", local_reparameterization=local, **options)
         assert approx.fit_stats["local_reparameterization"] == names
@@ -457,14 +491,32 @@ def test_fits_say_what_they_drew(python, tmp_path):
     assert (losses[True] != losses[False]).all()
     pmf.save(approx, tmp_path / "fit.nc")
     again = pmf.load(tmp_path / "fit.nc", model)
-    assert again.fit_stats["local_reparameterization"] == []
+    assert again.fit_stats["local_reparameterization"] == ["first", "last"]
 
 
 def test_families_with_a_density_draw_no_products(python):
     with pm.Model():
         one_layer()
-        approx = pm.fit(3, method="realnvp", progressbar=False, initialize=False)
+        inference = pmf.NFVI("realnvp", n_layers=1)
+        with pytest.raises(
+            ValueError, match="must be None or False without an mnf group, got True"
+        ):
+            inference.fit(3, local_reparameterization=True, initialize=False, progressbar=False)
+        approx = inference.fit(3, progressbar=False, initialize=False)
     assert approx.fit_stats["local_reparameterization"] == []
+
+
+def test_too_many_multipliers_are_not_drawn_by_default(python, monkeypatch):
+    inputs, outputs = pm.Minibatch(X, X[:, :1], batch_size=4)
+    with pm.Model():
+        weights = pm.Normal("weights", shape=(3, 1))
+        pm.Normal("y", inputs @ weights, observed=outputs, total_size=(6, 1))
+        found = []
+        for most in (2 * 4 * 3, 2 * 4 * 3 - 1):
+            monkeypatch.setattr(ladder, "MANY_MULTIPLIERS", most)
+            approx = pm.fit(2, method="mnf", inf_kwargs=SMALL, obj_n_mc=2, progressbar=False)
+            found.append(approx.fit_stats["local_reparameterization"])
+    assert found == [["weights"], []]
 
 
 def test_more_data_make_more_noise(python):
