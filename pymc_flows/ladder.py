@@ -202,7 +202,7 @@ class Ladder:
         self._look_for_modes(judgement)
 
     def go_on(self, n: int, rate: float) -> None:
-        """Train further with the step, optimizer's memory and noise that there are."""
+        """Train further with the step, optimizer's memory and noise there are, unless the data outgrew them."""
         step = self.step
         if step is None or self._has_other_rows():
             step = self._compile_step(self.settings.n_draws)
@@ -219,7 +219,8 @@ class Ladder:
         judgement = self._judge(self._seed(), WEIGHED_DRAWS)
         if judgement.weighing.ess < DOUBTFUL:
             judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
-        self.approx.fit_stats["ess"] = judgement.weighing.ess
+        if self._local is None:  # otherwise the weights are those of no one draw
+            self.approx.fit_stats["ess"] = judgement.weighing.ess
         self._count()
         return judgement
 

@@ -184,16 +184,14 @@ class MNFGroup(Group):
             Multipliers of the noise's shape, and mean and sd (rows, columns).
         """
         found = {}
-        for name, (layer, params) in zip(self._names(), self._layers_and_params(), strict=True):
+        names = [name for name, *_ in self.ordering.values()]
+        for name, (layer, params) in zip(names, self._layers_and_params(), strict=True):
             if name in noise:
                 base = noise[name].reshape((-1, layer.shape[0]))
                 z, _ = layer.multipliers(base, params)
                 mean, sd = pt.tensor_copy(params["mean"]), pt.exp(params["log_sd"])
                 found[name] = z.reshape(noise[name].shape), mean, sd
         return found
-
-    def _names(self):
-        return [name for name, *_ in self.ordering.values()]
 
     @node_property
     def _drawn(self):

@@ -12,6 +12,7 @@ from scipy import stats
 
 import pymc_flows as pmf
 from pymc_flows import ladder
+from pymc_flows.local_reparameterization import _counts_rows as counts_rows
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import build_objective, find_local_draws
 
@@ -129,9 +130,9 @@ def noise_of(objective, rng):
     return [rng.normal(size=noise.type.shape) for noise in objective.noise]
 
 
-def one_draw(approx, n_draws=1):
-    """Likelihood (draws,) as a function of what is drawn in place of the matrices, and its inputs."""
-    local, _ = find_local_draws(approx, n_draws)
+def one_draw(approx):
+    """What is drawn in place of the matrices, and one draw's likelihood as a function of it and the rest."""
+    local, _ = find_local_draws(approx, 1)
     likelihood, batched = local.substitute(approx.model.datalogp)
     inputs = [*batched, *local.means, *local.sds]
     rest = [v for v in approx.model.value_vars if v.name not in local.names]
@@ -141,7 +142,7 @@ def one_draw(approx, n_draws=1):
     point = approx.model.initial_point(0)
     rng = np.random.default_rng(5)
     values = [rng.normal(size=v.type.shape) for v in inputs]
-    return local, list(batched), function, values, [point[v.name] for v in rest]
+    return list(batched), function, values, [point[v.name] for v in rest]
 
 
 # ------------------------------------------------------------------------- where products are drawn
@@ -157,7 +158,7 @@ def test_matrices_are_found(build):
 @by_model
 def test_rows_stay_apart(build):
     """What is drawn for one row matters to the others' terms not at all: all mixed differences are zero."""
-    local, drawn, function, values, rest = one_draw(fitted(build))
+    drawn, function, values, rest = one_draw(fitted(build))
     left = build in (weights_on_the_left, loadings_on_the_left)
 
     def moved(*rows):
@@ -173,7 +174,6 @@ def test_rows_stay_apart(build):
         whole = moved(i, j) - moved(i) - moved(j) + moved()
         assert abs(whole) < 1e-9 * (1 + abs(moved()))
         assert abs(moved(i, j) - moved()) > 1e-6
-    assert local.names
 
 
 def twice():
@@ -326,6 +326,19 @@ def test_what_mixes_rows_is_refused(build):
     assert list(refused) == [name]
     with pytest.raises(ValueError, match=f"that of '{name}' does not: .*({message})"):
         inference.fit(3, local_reparameterization=True, progressbar=False)
+
+
+def test_counting_rows_in_another_order_is_no_counting():
+    array = pt.matrix(shape=(None, 2))
+    count = pt.arange(array.shape[0])
+    for index, counts in (
+        (count, True),
+        (count[:, None], True),
+        (count.reshape((3, 2)).T.reshape((6,)), False),
+    ):
+        assert counts_rows(index, array, 0, {array: 0}) is counts
+    for order, counts in (([0, 1, 2], True), ([1, 0, 2], False), ([0, 1], False)):
+        assert counts_rows(pt.constant(order), pt.matrix(shape=(3, 2)), 0, {}) is counts
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -520,7 +533,7 @@ def test_too_many_multipliers_are_not_drawn_by_default(python, monkeypatch):
 
 
 def test_more_data_make_more_noise(python):
-    with pm.Model() as model:
+    with pm.Model():
         inputs = pm.Data("inputs", X)
         weights = pm.Normal("weights", shape=(3, 1))
         mean = (inputs @ weights)[:, 0]
@@ -530,9 +543,9 @@ def test_more_data_make_more_noise(python):
         more = np.concatenate([X, X[:2]])
         pm.set_data({"inputs": more, "outputs": more[:, 0]})
         inference.refine(3, progressbar=False)
+    assert inference._ladder.step.shapes[1:] == [(2, 8, 3), (2, 8, 1)]
     assert np.isfinite(inference.approx.hist).all()
     assert inference.approx.hist.size == 6
-    assert model["y"].owner is not None
 
 
 def test_minibatches_estimate_the_loss_of_all_data(python):
@@ -573,6 +586,16 @@ def test_a_loop_over_draws_gives_the_same_loss():
         found.append(function(*noise_of(objective, np.random.default_rng(2))))
     for one, two in zip(*found, strict=True):
         assert_allclose(one, two, rtol=1e-8, atol=1e-8)
+
+
+def test_restarts_count_no_effective_draws_of_products(python):
+    with pm.Model():
+        one_layer()
+        options = {"inf_kwargs": SMALL, "progressbar": False, "n_restarts": 2, "random_seed": 1}
+        with pytest.warns(UserWarning, match="the restarts disagree"):
+            approx = pm.fit(4, method="mnf", local_reparameterization=True, **options)
+    assert "ess" not in approx.fit_stats
+    assert np.isfinite([one["elbo"] for one in approx.fit_stats["restarts"]]).all()
 
 
 def test_minibatches_draw_products_by_default_and_repeat():
