@@ -78,7 +78,8 @@ class Gaussian:
     def log_density(self, z: np.ndarray) -> np.ndarray:
         """Log density (draws,) of the draws made from z."""
         diagonal = self.factor if self.factor.ndim == 1 else np.diagonal(self.factor)
-        constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + np.log(diagonal).sum()
+        with np.errstate(divide="ignore"):  # without width, by rounding, it has no bound
+            constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + np.log(diagonal).sum()
         return -0.5 * (z**2).sum(axis=1) - constant
 
     def block(self, here: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +96,7 @@ class Gaussian:
         factor = np.diag(self.factor) if self.factor.ndim == 1 else self.factor
         root = factor @ (vectors * np.sqrt(values))
         upper = np.linalg.qr(root.T, mode="r")
-        return Gaussian(loc, upper.T * np.sign(np.diagonal(upper)))
+        return Gaussian(loc, upper.T * np.where(np.diagonal(upper) < 0, -1.0, 1.0))
 
 
 @dataclass
@@ -154,7 +155,8 @@ def find_start(
     """
     if draws is not None:
         given = gaussian_of(draws)
-        gaussian = _best(target, [settle(target, given, rng), given], rng)
+        # luck must not undo what settling gains
+        gaussian = _best(target, [settle(target, given, rng), given], rng, doubt=3.0)
         if np.isfinite(gaussian.elbo):
             return Start(gaussian, gaussian.loc[None])
     points, log_p, score = _first_points(target, initial, rng)
@@ -236,10 +238,11 @@ def about(target: Density, mode: np.ndarray, like: Gaussian) -> Gaussian:
     return polish(target, there) if mode.size <= FULL_MAX_DIM else there
 
 
-def _best(target, gaussians, rng):
-    """The highest ELBO, judged on fresh draws common to all, each less what may be luck."""
+def _best(target, gaussians, rng, doubt=1.0):
+    """The highest ELBO, judged on fresh draws common to all, each less what may be luck, in its errors."""
     fresh = balanced_noise(rng, 256, gaussians[0].loc.size)
-    return max((judge(target, g, fresh) for g in gaussians), key=lambda g: g.elbo - g.elbo_se)
+    judged = [judge(target, g, fresh) for g in gaussians]
+    return max(judged, key=lambda g: g.elbo - doubt * g.elbo_se)
 
 
 def gaussian_of(draws: np.ndarray) -> Gaussian:
@@ -479,8 +482,8 @@ def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gauss
         tried = np.where(np.isfinite(tried), tried, -np.inf)
         j = int(np.argmax(tried))
         gaussian = here.moved(lengths[j] * newton, 1 / values, vectors)
-        if not np.isfinite(gaussian.factor).all():
-            return here
+        if not (np.isfinite(gaussian.factor).all() and np.diagonal(gaussian.factor).all()):
+            return here  # where nothing bounds it, it grows until rounding leaves it no width elsewhere
         if tried[j] - tried[0] < 1e-4 and np.abs(values - 1).max() < 0.1:
             break
     return gaussian

@@ -63,6 +63,38 @@ def test_a_far_too_wide_gaussian_is_judged_without_overflow(power):
     assert (judged.elbo, judged.elbo_se) == (-np.inf, np.inf)
 
 
+def test_a_gaussian_that_rounding_left_no_width_is_judged_without_warning():
+    noise = balanced_noise(np.random.default_rng(0), 32, 2)
+    flat = Gaussian(np.zeros(2), np.array([[5e15, 0.0], [-5e15, 0.0]]))
+    judged = judge(normal(np.zeros(2), np.eye(2)), flat, noise)
+    assert (judged.elbo, judged.elbo_se) == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("angle", np.linspace(0.1, 1.5, 8))
+def test_polish_of_a_flat_direction_keeps_a_width_everywhere(angle):
+    """Rounding differs from one linear algebra library to another, and so does when it would be lost."""
+    along = np.array([np.cos(angle), np.sin(angle)])
+
+    def ridge(x):
+        away = x @ along - 1
+        return -0.5 * away**2, -away[:, None] * along
+
+    found = polish(ridge, Gaussian(np.zeros(2), np.ones(2)))
+    assert (np.diagonal(found.factor) > 0).all()
+    assert np.sqrt((found.factor**2).sum(axis=1)).min() > 1e12
+
+
+def test_draws_to_start_from_do_not_win_by_luck():
+    """Settled they give the Gaussian itself, which on few draws looks no better than they do."""
+    loc, covariance = badly_scaled()
+    root = np.linalg.cholesky(covariance)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        draws = loc + rng.normal(size=(2000, 4)) @ root.T
+        start = find_start(normal(loc, covariance), np.zeros(4), rng, draws)
+        assert abs(start.gaussian.elbo) < 1e-6
+
+
 def funnel(x):
     """Neal's funnel, (v, y1 ... y4), v with sd 3: its mode is far from its mass."""
     v, y = x[:, 0], x[:, 1:]
