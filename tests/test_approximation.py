@@ -421,7 +421,7 @@ def test_float32_all_through(normal, python):
         with pm.Model() as model:
             pm.Normal("y", pm.Normal("a"), pm.HalfNormal("b"), observed=[0.5, 1.0])
         inference = NFVI("realnvp", model=model, n_layers=2, random_seed=1)
-        approx = inference.fit(3, obj_n_mc=4, progressbar=False)
+        approx = inference.fit(3, obj_n_mc=64, progressbar=False)
         result = approx.sample(5)
         density = approx.log_density(result)
     assert approx.params[0].get_value().dtype == np.float32

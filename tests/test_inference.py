@@ -25,8 +25,8 @@ from pymc_flows.bijections import Loc
 from pymc_flows.ladder import Ladder
 from pymc_flows.objective import GRADIENTS
 
-# a fit that is not given time enough says so
-TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 4, "initialize": False}
+# a fit that is not given time enough says so; weighing what it reached goes in batches of a step's draws
+TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 64, "initialize": False}
 
 
 def tiny(model, n=5, **options):
@@ -56,8 +56,8 @@ def test_a_fit_takes_n_steps_and_returns_what_can_be_sampled(normal, method, pyt
 def test_the_stats_of_a_fit(normal, python):
     stats = tiny(normal, 5).fit_stats
     assert stats["steps"] == 5
-    # 5 steps of 4 draws, and what was reached weighed by 2048, or 8192 more
-    assert stats["gradient_evaluations"] in (20 + 2048, 20 + 2048 + 8192)
+    # 5 steps of 64 draws, and what was reached weighed by 2048, or 8192 more
+    assert stats["gradient_evaluations"] in (320 + 2048, 320 + 2048 + 8192)
     assert stats["stopped"] == "all 5 steps taken"
     assert stats["nonfinite_steps"] == stats["invalid_draws"] == 0
     assert set(stats["seconds"]) == {"compile", "start", "training"}
@@ -85,7 +85,7 @@ def test_seeds_reach_every_group(normal, python):
         with normal:
             few = {"n_layers": 1, "hidden": (4,)}
             groups = [pm.Group([normal["b"]], vfam="hh"), pm.Group(None, vfam="nice", **few)]
-            return NFVI(groups, random_seed=seed).fit(2, obj_n_mc=2, progressbar=False)
+            return NFVI(groups, random_seed=seed).fit(2, obj_n_mc=64, progressbar=False)
 
     one, two, other = fit(1), fit(1), fit(2)
     assert_array_equal(weights(one), weights(two))
@@ -127,7 +127,7 @@ def test_callbacks_count_on_through_refine(normal, python):
     with normal:
         inference = NFVI("scale-loc", random_seed=1)
         approx = inference.fit(
-            3, obj_n_mc=2, callbacks=[callback], initialize=False, progressbar=False
+            3, obj_n_mc=64, callbacks=[callback], initialize=False, progressbar=False
         )
         first = weights(approx)
         inference.refine(2, progressbar=False)
@@ -138,8 +138,8 @@ def test_callbacks_count_on_through_refine(normal, python):
     assert inference.approx is approx
     assert_array_equal(inference.hist, approx.hist)
     assert approx.fit_stats["steps"] == 5
-    # 5 steps of 2 draws, and two judgements of 2048 draws, each followed by one of 8192 or not
-    assert approx.fit_stats["gradient_evaluations"] >= 10 + 2 * 2048
+    # 5 steps of 64 draws, and two judgements of 2048 draws, each followed by one of 8192 or not
+    assert approx.fit_stats["gradient_evaluations"] >= 320 + 2 * 2048
     assert not np.isclose(first, weights(approx)).any()
 
 
@@ -171,7 +171,7 @@ def test_pymcs_callbacks_work(normal, python):
         tracker = Tracker(mean=inference.approx.mean.eval, i=lambda approx, hist, i: (i, len(hist)))
         converged = CheckParametersConvergence(every=4, tolerance=1e9)
         inference.fit(
-            10, obj_n_mc=2, callbacks=[tracker, converged], initialize=False, progressbar=False
+            10, obj_n_mc=64, callbacks=[tracker, converged], initialize=False, progressbar=False
         )
     assert tracker["i"][:3] == [(1, 1), (2, 2), (3, 3)]
     assert not np.allclose(tracker["mean"][0], tracker["mean"][2])
@@ -307,16 +307,16 @@ def test_an_approximation_is_fitted_further(normal, python):
         approx = NormalizingFlow("scale-loc")
         inference = NFVI(approx, random_seed=1)
         assert inference.approx is approx
-        inference.fit(3, obj_n_mc=2, progressbar=False)
+        inference.fit(3, obj_n_mc=64, progressbar=False)
         (group,), (param,) = approx.groups, approx.params
         place, reached = group.loc, weights(approx)
-        again = NFVI(approx).fit(4, obj_n_mc=2, learning_rate=1e-9, progressbar=False)
+        again = NFVI(approx).fit(4, obj_n_mc=64, learning_rate=1e-9, progressbar=False)
         assert again is approx
         assert approx.hist.size == 7
         assert group.loc is place
         assert approx.params == [param]
         assert_allclose(weights(approx), reached, atol=1e-7)
-        gaussian = NFVI(MeanField()).fit(2, obj_n_mc=2, progressbar=False)
+        gaussian = NFVI(MeanField()).fit(2, obj_n_mc=64, progressbar=False)
     assert type(gaussian) is FlowApproximation
     assert not any(isinstance(group, FlowGroup) for group in gaussian.groups)
 
@@ -366,8 +366,8 @@ def test_moments_that_a_fit_leaves_behind_are_said_aloud(normal, python):
         inference = NFVI("scale-loc", random_seed=1)
         tracker = Tracker(mean=inference.approx.mean.eval)
         with pytest.warns(UserWarning, match="mean was taken before the fit found its start"):
-            inference.fit(1, obj_n_mc=4, callbacks=[tracker], progressbar=False)
-        inference.fit(1, obj_n_mc=4, callbacks=[tracker], progressbar=False)
+            inference.fit(1, obj_n_mc=64, callbacks=[tracker], progressbar=False)
+        inference.fit(1, obj_n_mc=64, callbacks=[tracker], progressbar=False)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -386,7 +386,7 @@ def test_include_transformed_shows_in_the_state(normal, python):
 
 def test_profiling_returns_a_profile(normal, python):
     with normal:
-        profile = NFVI("scale-loc").run_profiling(3, obj_n_mc=2)
+        profile = NFVI("scale-loc").run_profiling(3, obj_n_mc=64)
     assert profile.fct_callcount >= 3
 
 

@@ -492,7 +492,7 @@ def test_a_draw_without_density_is_left_out():
 def test_fits_say_what_they_drew(python, tmp_path):
     with pm.Model() as model:
         network()
-    options = {"random_seed": 1, "inf_kwargs": SMALL, "progressbar": False, "obj_n_mc": 2}
+    options = {"random_seed": 1, "inf_kwargs": SMALL, "progressbar": False, "obj_n_mc": 32}
     losses = {}
     # by default only of minibatches
     for local, names in ((None, []), (False, []), (True, ["first", "last"])):
@@ -539,11 +539,11 @@ def test_more_data_make_more_noise(python):
         mean = (inputs @ weights)[:, 0]
         pm.Normal("y", mean, observed=pm.Data("outputs", X[:, 0]), shape=inputs.shape[0])
         inference = pmf.NFVI("mnf", random_seed=1, **SMALL)
-        inference.fit(3, obj_n_mc=2, local_reparameterization=True, progressbar=False)
+        inference.fit(3, obj_n_mc=32, local_reparameterization=True, progressbar=False)
         more = np.concatenate([X, X[:2]])
         pm.set_data({"inputs": more, "outputs": more[:, 0]})
         inference.refine(3, progressbar=False)
-    assert inference._ladder.step.shapes[1:] == [(2, 8, 3), (2, 8, 1)]
+    assert inference._ladder.step.shapes[1:] == [(32, 8, 3), (32, 8, 1)]
     assert np.isfinite(inference.approx.hist).all()
     assert inference.approx.hist.size == 6
 
