@@ -13,22 +13,51 @@ MOST_ROWS = 1000
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance, and what it stays below in 95 of 100 cases if both sets are of one distribution."""
+    """A distance beside those of the same draws, dealt anew to the two sets.
+
+    Attributes
+    ----------
+    value : float
+        The distance.
+    null : float
+        What it stays below in 95 of 100 cases if both sets are of one distribution.
+    p_value : float
+        How often it is at least so large if they are (Phipson & Smyth 2010, section 3).
+    """
 
     value: float
     null: float
+    p_value: float
+
+    @classmethod
+    def beside(cls, value: float, permuted) -> Distance:
+        """Judge a distance by those that permutations have."""
+        permuted = np.asarray(permuted)
+        as_large = int((permuted >= value).sum())
+        return cls(
+            float(value),
+            float(np.quantile(permuted, 0.95)),
+            (1 + as_large) / (1 + permuted.size),
+        )
 
 
 def wasserstein(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     r"""Wasserstein-1 distances between rows (scalars, draws): :math:`\int |F - G| dx`."""
-    ranks_left, ranks_right = np.full(left.shape[1], 1.0), np.full(right.shape[1], -1.0)
-    steps = np.concatenate([ranks_left / left.shape[1], ranks_right / right.shape[1]])
-    distances = np.empty(len(left))
-    for i, values in enumerate(np.concatenate([left, right], axis=1)):
-        order = np.argsort(values)
-        gap = np.abs(np.cumsum(steps[order])[:-1])
-        distances[i] = gap @ np.diff(values[order])
-    return distances
+    steps = np.repeat([1 / left.shape[1], -1 / right.shape[1]], [left.shape[1], right.shape[1]])
+    return transport(np.concatenate([left, right], axis=1), steps)
+
+
+def transport(values: np.ndarray, surplus: np.ndarray) -> np.ndarray:
+    """Work (scalars,) of levelling a surplus of mass (draws,) along each row of values (scalars, draws).
+
+    Between draws and the same draws weighed, whose surplus is the weights less one over their number,
+    that is the Wasserstein-1 distance.
+    """
+    work = np.empty(len(values))
+    for i, row in enumerate(values):
+        order = np.argsort(row)
+        work[i] = np.abs(np.cumsum(surplus[order])[:-1]) @ np.diff(row[order])
+    return work
 
 
 def sliced_wasserstein(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Distance:
@@ -54,7 +83,7 @@ def sliced_wasserstein(left: np.ndarray, right: np.ndarray, rng: np.random.Gener
 
     steps = np.repeat([1 / len(left), -1 / len(right)], [len(left), len(right)])
     null = [average(rng.permutation(steps)) for _ in range(N_PERMUTATIONS)]
-    return Distance(average(steps), float(np.quantile(null, 0.95)))
+    return Distance.beside(average(steps), null)
 
 
 def mmd(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Distance:
@@ -79,7 +108,7 @@ def mmd(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Distan
     within, across = ((sums * one).sum(axis=0) for one in (shuffled, ~shuffled))
     others = kernel.sum() - within - 2 * across
     found = within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
-    return Distance(float(found[0]), float(np.quantile(found[1:], 0.95)))
+    return Distance.beside(found[0], found[1:])
 
 
 def classifier(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Distance:
@@ -106,7 +135,7 @@ def classifier(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) ->
         return float((said == labels).mean())
 
     null = [accuracy(rng.permutation(labels)) for _ in range(N_PERMUTATIONS)]
-    return Distance(accuracy(labels), float(np.quantile(null, 0.95)))
+    return Distance.beside(accuracy(labels), null)
 
 
 def _thinned(draws, size=MOST_ROWS):

@@ -19,13 +19,15 @@ def draws(seed, scale=1.0, size=600, correlation=0.0):
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_equals_cross_the_null_level_once_in_twenty(measure):
-    n_seeds = 60
-    crossed = 0
-    for seed in range(n_seeds):
-        found = measure(draws(2 * seed), draws(2 * seed + 1), np.random.default_rng(seed))
-        crossed += found.value > found.null
+    found = [
+        measure(draws(2 * seed), draws(2 * seed + 1), np.random.default_rng(seed))
+        for seed in range(60)
+    ]
     # 5% of 60 are 3, and four standard errors of a binomial 6.8
-    assert crossed <= 3 + 6.8
+    assert sum(distance.value > distance.null for distance in found) <= 3 + 6.8
+    # uniform from 0 to 1, of sd 0.29; a classifier's ties may lift it
+    assert np.mean([distance.p_value for distance in found]) > 0.5 - 4 * 0.29 / 60**0.5
+    assert sum(distance.p_value <= 0.05 for distance in found) <= 3 + 6.8
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -33,6 +35,13 @@ def test_equals_cross_the_null_level_once_in_twenty(measure):
 def test_what_differs_lies_beyond_the_null_level(measure, other):
     found = measure(draws(1), draws(2, **other), np.random.default_rng(3))
     assert found.value > found.null
+    assert found.p_value < 0.05
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_no_permutation_reaches_what_lies_far_apart(measure):
+    found = measure(draws(1), draws(2) + 10, np.random.default_rng(3))
+    assert found.p_value == 1 / (distances.N_PERMUTATIONS + 1)
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_mean_over_directions():
