@@ -18,11 +18,12 @@ from xarray import DataTree
 
 from pymc_flows.approximation import AUXILIARY_DENSITY, with_density
 from pymc_flows.compare import Scalars
+from pymc_flows.distances import transport
 from pymc_flows.importance import khat, khat_threshold, smooth
 
 RELIABLE, CORRECTABLE, UNRELIABLE = "reliable", "reliable after correction", "unreliable"
 # errors of a fit that needs no correction: those that compare.grade calls accurate
-MEAN_ERROR, SD_ERROR = 0.1, 0.1
+MEAN_ERROR, SD_ERROR, QUANTILE_ERROR = 0.1, 0.1, 0.12
 # standard errors of their estimates that errors are stated with
 CERTAINTY = 2
 # effective draws that a correction needs
@@ -57,12 +58,16 @@ class Diagnosis:
         Share of the heaviest draw.
     errors : DataFrame
         For each scalar parameter, on its own scale, what the weights would change: ``mean_shift``
-        in posterior sd and ``sd_change`` relative, each with its standard error, and ``khat_mean``
-        and ``khat_variance``, tail indices of the weights times distance and squared distance
-        from the mean.
+        in posterior sd and ``sd_change`` relative, each with its standard error; ``w1``, the
+        Wasserstein-1 distance from the draws to the same draws weighed, in posterior sd, which is
+        by how much quantiles move on average; and ``khat_mean`` and ``khat_variance``, tail
+        indices of the weights times distance and squared distance from the mean.
     mean_error, sd_error : float
         Scale of the error to expect: the largest of these over parameters, with two standard
         errors of its estimate; in posterior sd, and relative.
+    quantile_error : float
+        The largest ``w1`` over parameters, in posterior sd: a shape that a mean and an sd do not
+        tell, such as two modes in place of one, shows here.
     invalid_draws : int
         Draws at which the model has no finite density.
     stopped : str
@@ -95,6 +100,7 @@ class Diagnosis:
     errors: pd.DataFrame = field(repr=False)
     mean_error: float
     sd_error: float
+    quantile_error: float
     invalid_draws: int
     stopped: str
     nonfinite_steps: int
@@ -145,6 +151,8 @@ class Diagnosis:
         yield "log evidence", f"{self.log_evidence:.2f} ± {self.log_evidence_se:.2f} nats"
         yield "error of means", f"up to {self.mean_error:.2g} posterior sd ({in_mean})"
         yield "error of sds", f"up to {self.sd_error:.0%} ({in_sd})"
+        in_shape = worst["w1"].idxmax()
+        yield "error of quantiles", f"up to {self.quantile_error:.2g} posterior sd ({in_shape})"
         yield "the fit ended", self.stopped or "not recorded"
         if self.nonfinite_steps or self.invalid_draws:
             skipped = f"{self.nonfinite_steps} steps skipped"
@@ -249,6 +257,7 @@ def diagnose_draws(
         "largest_weight": float(weighed.weights.max()),
         "mean_error": _stated(errors, "mean_shift"),
         "sd_error": _stated(errors, "sd_change"),
+        "quantile_error": float(errors["w1"].max()),
         "invalid_draws": int(n_draws - valid.sum()),
         "stopped": record.get("stopped", ""),
         "nonfinite_steps": record.get("nonfinite_steps", 0),
@@ -293,6 +302,7 @@ def _errors(result, log_weights, weights, var_names) -> pd.DataFrame:
             "mean_shift_se": np.sqrt(z**2 @ difference**2),
             "sd_change": np.sqrt(variance[:, 0]) - 1,
             "sd_change_se": sd_change_se,
+            "w1": transport(z, difference),
             "khat_mean": tails[:, 0],
             "khat_variance": tails[:, 1],
         },
@@ -356,6 +366,12 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
             f"the weights, which can be trusted, would move means by up to {numbers['mean_error']:.2g} "
             f"sd ({in_mean}) and sds by up to {numbers['sd_error']:.0%} ({in_sd})"
         )
+    if numbers["quantile_error"] > QUANTILE_ERROR:
+        reasons.append(
+            f"the weights, which can be trusted, would move the quantiles of {errors['w1'].idxmax()} by "
+            f"{numbers['quantile_error']:.2g} sd on average: its shape is another"
+        )
+    if reasons:
         advice.append("take draws by importance_resample")
         return CORRECTABLE, reasons, advice
     reasons.append(

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pymc_flows.distances import transport
+
 # below: a quarter of the draws' worth is lost to the weights
 EVEN = 0.75
 # below: a few draws decide, and moments that they do not move say nothing
 TOO_FEW = 0.1
 # beyond one standard error of the change itself
 SMALL_SHIFT, SMALL_CHANGE = 0.02, 0.05
+# in standard deviations, of quantiles on average: a fit that is this far off is not accurate
+SMALL_W1 = 0.1
 # nats by which log weights differ that are the same but for rounding
 SAME = 1e-6
 
@@ -104,6 +108,10 @@ class Weighing:
         (dim,), change of each mean, in the draws' standard deviations, and its standard error.
     change, change_error : ndarray
         (dim,), relative change of each variance about the draws' mean, and its standard error.
+    w1 : ndarray
+        (dim,), Wasserstein-1 distance of the draws from themselves weighed, in their standard deviations.
+    w1_noise : float
+        What that is on average of a normal dimension with which the weights have nothing to do.
     """
 
     ess: float
@@ -111,6 +119,8 @@ class Weighing:
     shift_error: np.ndarray
     change: np.ndarray
     change_error: np.ndarray
+    w1: np.ndarray
+    w1_noise: float
 
     @property
     def clear_shift(self) -> float:
@@ -123,10 +133,17 @@ class Weighing:
         return float((self.change - self.change_error).max())
 
     @property
+    def same_shape(self) -> bool:
+        """Whether the weights leave quantiles where they are, as two modes under one hump would not."""
+        return float(self.w1.max() - 2 * self.w1_noise) < SMALL_W1
+
+    @property
     def even(self) -> bool:
         """Whether the weights give no reason to go on fitting."""
+        if self.ess < TOO_FEW or not self.same_shape:
+            return False
         moved = self.clear_shift > SMALL_SHIFT or self.clear_change > SMALL_CHANGE
-        return self.ess >= EVEN or not (moved or self.ess < TOO_FEW)
+        return self.ess >= EVEN or not moved
 
 
 def weigh(log_weights: np.ndarray, z: np.ndarray) -> Weighing:
@@ -141,7 +158,11 @@ def weigh(log_weights: np.ndarray, z: np.ndarray) -> Weighing:
     """
     weights = normalised(log_weights)
     change = weights - 1 / weights.size
-    found = []
-    for moments in (z, z**2 - 1):
-        found += [np.abs(change @ moments), np.sqrt((change**2) @ moments**2)]
-    return Weighing(float(1 / (weights**2).sum() / weights.size), *found)
+    (shift, shift_error), (changed, changed_error) = (
+        (np.abs(change @ moments), np.sqrt((change**2) @ moments**2)) for moments in (z, z**2 - 1)
+    )
+    ess = float(1 / (weights**2).sum() / weights.size)
+    # the integral of sqrt(F (1 - F)), F normal, times E|N(0, 1)|
+    noise = 1.29 * math.sqrt(max(1 / ess - 1, 0.0) / weights.size)
+    w1 = transport(z.T, change)
+    return Weighing(ess, shift, shift_error, changed, changed_error, w1, noise)

@@ -306,7 +306,8 @@ class Judgement:
         x, log_weights = self.x[placed], self.log_weights[placed]
         if np.isfinite(log_weights).sum() < 2:
             unknown = np.full(self.x.shape[1], np.inf)
-            return Weighing(0.0, unknown, np.zeros_like(unknown), unknown, np.zeros_like(unknown))
+            exact = np.zeros_like(unknown)
+            return Weighing(0.0, unknown, exact, unknown, exact, unknown, 0.0)
         found = weigh(log_weights, (x - x.mean(axis=0)) / x.std(axis=0))
         return dataclasses.replace(found, ess=found.ess * float(placed.mean()))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pymc as pm
 import pytest
 from numpy.testing import assert_allclose
+from scipy import stats
 
 from pymc_flows import FlowApproximation, diagnose
 from pymc_flows.diagnostics import diagnose_draws
@@ -72,6 +73,28 @@ def test_errors_are_those_of_two_gaussians(python):
     assert found.ess_fraction == found.ess / 40_000
 
 
+def test_two_modes_under_one_hump_show_in_the_quantiles(python):
+    apart, width = 1.2, 0.6
+    spread = (apart**2 + width**2) ** 0.5
+    with pm.Model() as model:
+        x = pm.NormalMixture("x", [0.5, 0.5], [-apart, apart], sigma=width)
+        group = pm.Group([x], vfam="mean_field")
+    group.params_dict["rho"].set_value([np.log(np.expm1(spread))])
+    approx = FlowApproximation([group], model=model, random_seed=1)
+    found = diagnose(approx, draws=4000, random_seed=1)
+    grid = np.linspace(-6, 6, 4001)
+    modes = stats.norm.cdf(grid, [[-apart], [apart]], width).mean(axis=0)
+    hump = stats.norm.cdf(grid, 0, spread)
+    expected = np.trapezoid(np.abs(modes - hump), grid) / spread
+    # that of 4000 draws from 4000 others is 0.02
+    assert abs(found.quantile_error - expected) < 0.02
+    assert found.mean_error < 0.1
+    assert found.sd_error < 0.1
+    assert found.verdict == "reliable after correction"
+    assert "quantiles of x" in " ".join(found.reasons)
+    assert "error of quantiles" in str(found)
+
+
 @pytest.mark.parametrize(
     ("mean", "sd", "draws", "verdict", "reason"),
     [
@@ -125,9 +148,9 @@ def test_the_record_is_a_datatree_that_arviz_reads(schools_fit):
     assert_allclose(tree["diagnosis"]["mean_shift"], found.errors["mean_shift"])
     with schools_fit.model:
         pm.compute_log_likelihood(tree, progressbar=False)
-    stats = tree["sample_stats"]
-    assert_allclose(stats["log_weight"], stats["log_p"] - stats["log_q"])
-    loo = az.loo_approximate_posterior(tree, stats["log_p"], stats["log_q"])
+    sampled = tree["sample_stats"]
+    assert_allclose(sampled["log_weight"], sampled["log_p"] - sampled["log_q"])
+    loo = az.loo_approximate_posterior(tree, sampled["log_p"], sampled["log_q"])
     # Vehtari et al. 2017, table 2, by exact cross-validation: -30.8 ± 0.9 for the hierarchical model
     assert abs(loo.elpd + 30.8) < 1.5
 

@@ -29,6 +29,32 @@ def test_weights_tell_by_how_much_mean_and_variance_are_off():
     assert_allclose(found.ess, 1 / square, rtol=0.02)
 
 
+def test_weights_tell_by_how_much_quantiles_are_off():
+    z = np.random.default_rng(0).normal(size=(100_000, 2))
+    found = weigh(gaussian_weights(z, 0.2, 1.0), z)
+    # a shift moves all quantiles alike; the other dimension's are moved by noise
+    assert abs(found.w1[0] - 0.2) < 4 * found.w1_noise
+    noise = [
+        weigh(np.random.default_rng(seed).normal(size=2000), z[2000 * seed :][:2000])
+        for seed in range(1, 31)
+    ]
+    ratios = np.concatenate([one.w1 / one.w1_noise for one in noise])
+    assert abs(ratios.mean() - 1) < 4 * ratios.std() / ratios.size**0.5 + 0.05
+
+
+def test_two_modes_under_one_hump_are_uneven():
+    z = np.random.default_rng(0).normal(size=(8192, 1))
+    apart, width = 0.88, (1 - 0.88**2) ** 0.5
+    log_modes = [
+        -0.5 * ((z[:, 0] - mode) / width) ** 2 - np.log(2 * width) for mode in (-apart, apart)
+    ]
+    found = weigh(np.logaddexp(*log_modes) + 0.5 * z[:, 0] ** 2, z)
+    assert found.clear_shift < 0.02
+    assert found.clear_change < 0.05
+    assert not found.same_shape
+    assert not found.even
+
+
 def test_uneven_is_what_both_loses_draws_and_moves_a_moment():
     z = np.random.default_rng(0).normal(size=(8192, 2))
     assert weigh(np.zeros(8192), z).even
