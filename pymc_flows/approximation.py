@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -685,6 +686,25 @@ class FlowApproximation(Approximation):
         return np.concatenate(
             [g.loc if isinstance(g, FlowGroup) else g._prepare_start(None) for g in self.groups]
         )
+
+    def prior_points(self, n: int, rng: np.random.Generator) -> np.ndarray | None:
+        """Draw from the prior, unconstrained and flat (n, dim), in the groups' order; None if it can't be."""
+        names = [name for group in self.groups for name in group.ordering]
+        try:
+            draw = make_initial_point_fn(
+                model=self.model,
+                default_strategy="prior",
+                jitter_rvs=set(),
+                return_transformed=True,
+            )
+            with warnings.catch_warnings(action="ignore"):
+                points = [draw(int(seed)) for seed in rng.integers(2**30, size=n)]
+        except Exception:
+            # flat, or no way to draw is known; no fit needs these draws
+            return None
+        flat = np.array([np.concatenate([np.ravel(p[name]) for name in names]) for p in points])
+        flat = flat[np.isfinite(flat).all(axis=1)]
+        return flat if flat.size else None
 
     def forget_functions(self) -> None:
         """Drop what was compiled or written down with maps that the groups no longer have."""

@@ -158,7 +158,8 @@ def flow(
 ) -> Chain:
     """Affine couplings (Dinh et al. 2017), an affine map, and tails of a learned weight.
 
-    What ``method="flow"`` trains where an affine map alone does not do.
+    What ``method="flow"`` trains where an affine map alone does not do. In one dimension, where a
+    coupling has no other half to look at, splines in their place (:func:`nsf`).
 
     Parameters
     ----------
@@ -173,7 +174,8 @@ def flow(
     tails : bool, default True
         End in sinh-arcsinh tails (Jones & Pewsey 2009), one weight a side and dimension.
     """
-    couplings = realnvp(dim, n_layers=n_layers, hidden=hidden, affine=affine).layers
+    family = realnvp if dim > 1 else nsf
+    couplings = family(dim, n_layers=n_layers, hidden=hidden, affine=affine).layers
     return Chain([*couplings, Tails(dim)] if tails else couplings)
 
 

@@ -19,6 +19,8 @@ FULL_MAX_DIM = 300
 N_CLIMBERS = 8
 # further rounds of as many climbs, where the first ended in several modes
 MORE_ROUNDS = 4
+# of the prior's draws that no mode is near, the highest are climbed from
+PRIOR_DRAWS, PRIOR_CLIMBERS = 64, 4
 MEMORY = 20
 # nats that a Gaussian around several modes may lie below one at the best of them
 MOST_BETWEEN = 30.0
@@ -70,6 +72,10 @@ class Gaussian:
         from scipy.linalg import solve_triangular  # slow to import
 
         return solve_triangular(self.factor, away.T, lower=True).T
+
+    def reaches(self, x: np.ndarray) -> np.ndarray:
+        """Whether points (points, dim) lie within three of its standard deviations a dimension."""
+        return np.linalg.norm(self.whiten(x), axis=1) <= 3 * self.loc.size**0.5
 
     def pull(self, score: np.ndarray) -> np.ndarray:
         """Turn a score by x into one by z."""
@@ -127,6 +133,7 @@ def find_start(
     initial: np.ndarray,
     rng: np.random.Generator,
     draws: np.ndarray | None = None,
+    prior: np.ndarray | None = None,
 ) -> Start:
     """Find a Gaussian near a posterior.
 
@@ -147,6 +154,9 @@ def find_start(
     draws : ndarray, optional
         (draws, dim), thought to be near the posterior: the Gaussian with their mean and covariance
         takes the place of the search.
+    prior : ndarray, optional
+        (draws, dim), of the prior: where the density is high at those far from what was found, modes
+        are looked for there too.
 
     Raises
     ------
@@ -176,21 +186,25 @@ def find_start(
     if climb.endless and not fits(target, max(settled, key=lambda g: g.elbo), rng, 512):
         settled += _without_climbing(target, initial, rng)
     gaussian = _best(target, [*settled, found[0]], rng)
-    modes = _modes(target, initial, rng, climb, gaussian)
+    modes = _modes(target, initial, rng, climb, gaussian, prior)
     local: list[Gaussian] = []
-    if len(modes) > 1:
+    if len(modes) > 1 or not gaussian.reaches(modes).all():
         # a spike is none: what counts is the mass about it
         noise = balanced_noise(rng, 64, initial.size)
         local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
         enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
         kept = [g.elbo > enough for g in local]
         modes, local = modes[kept], [g for g, keep in zip(local, kept, strict=True) if keep]
+        highest = max(local, key=lambda g: g.elbo, default=gaussian)
+        if highest.elbo > gaussian.elbo:
+            gaussian = _best(target, [gaussian, settle(target, highest, rng)], rng)
     if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
         broad = judge(target, around(modes, gaussian), balanced_noise(rng, 256, initial.size))
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
-    return Start(gaussian, modes if len(modes) else gaussian.loc[None], local)
+        return Start(gaussian, modes, local)
+    return Start(gaussian, modes if len(modes) else gaussian.loc[None])
 
 
 def _without_climbing(target, initial, rng):
@@ -204,9 +218,12 @@ def _without_climbing(target, initial, rng):
     return [settle(target, gaussian, rng) for gaussian in first]
 
 
-def _modes(target, initial, rng, climb, gaussian):
+def _modes(target, initial, rng, climb, gaussian, prior):
     """Modes (modes, dim) that climbs ended in; where there are several, more climbs look for others."""
     points, log_p = climb.x, climb.log_p
+    if prior is not None:
+        further, their_log_p = _climbed_from_prior(target, prior, gaussian)
+        points, log_p = np.concatenate([points, further]), np.concatenate([log_p, their_log_p])
     modes = _apart(points, log_p, gaussian)
     for _ in range(MORE_ROUNDS if len(modes) > 1 else 0):
         further = _Climb(target, *_first_points(target, initial, rng))
@@ -215,6 +232,18 @@ def _modes(target, initial, rng, climb, gaussian):
         log_p = np.concatenate([log_p, further.log_p])
         modes = _apart(points, log_p, gaussian)
     return modes
+
+
+def _climbed_from_prior(target, prior, gaussian):
+    """Ends (climbs, dim) and log densities of climbs from the prior's highest draws out of a Gaussian's reach."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_p, score = target(prior)
+        near = gaussian.reaches(prior)
+    worth = np.isfinite(log_p) & np.isfinite(score).all(axis=1) & ~near
+    highest = np.flatnonzero(worth)[np.argsort(-log_p[worth])[:PRIOR_CLIMBERS]]
+    climb = _Climb(target, prior[highest], log_p[highest], score[highest], stays=True)
+    climb.run()
+    return climb.x, climb.log_p
 
 
 def _apart(points, log_p, gaussian):
@@ -291,7 +320,8 @@ def fits(
     """Whether importance weights leave a Gaussian's means and standard deviations as they are.
 
     They may move a mean by 5% of its standard deviation and a variance by 10%, beyond one
-    standard error of the move; half as much again at most, with an effective sample size above half.
+    standard error of the move; half as much again at most, with an effective sample size above half;
+    and quantiles by less than a tenth of a standard deviation on average.
     """
     noise = balanced_noise(rng, n_draws, gaussian.loc.size)
     log_p, _ = target(gaussian.draws(noise))
@@ -300,6 +330,7 @@ def fits(
     found = weigh(log_p - gaussian.log_density(noise), noise)
     return (
         found.ess > 0.5
+        and found.same_shape
         and max(found.clear_shift / 0.05, found.clear_change / 0.1) < 1
         and max(found.shift.max() / 0.05, found.change.max() / 0.1) < 1.5
     )
@@ -348,10 +379,14 @@ def _first_points(target, initial, rng):
 
 
 class _Climb:
-    """L-BFGS from several points in step, each trying several step lengths at once."""
+    """L-BFGS from several points in step, each trying several step lengths at once.
 
-    def __init__(self, target, points, log_p, score):
-        self.target = target
+    The highest is taken, which may lie on another hill; of one that ``stays``, the highest before the first
+    fall.
+    """
+
+    def __init__(self, target, points, log_p, score, stays=False):
+        self.target, self.stays = target, stays
         self.x, self.log_p, self.score = points.copy(), log_p.copy(), score.copy()
         self.pairs = [[] for _ in points]
         self.history = [[(x, [])] for x in points]
@@ -383,6 +418,10 @@ class _Climb:
         log_p = np.where(usable, log_p, -np.inf)
         for row, k in enumerate(who):
             j = int(np.argmax(log_p[row]))
+            if self.stays:
+                by_length = np.argsort(lengths[row])
+                falls = np.diff(log_p[row, by_length], append=-np.inf) < 0
+                j = int(by_length[np.argmax(falls)])
             gain = log_p[row, j] - self.log_p[k]
             if not gain > 0:
                 # what was remembered may mislead: once more without it, then it is the end

@@ -29,6 +29,8 @@ from pymc_flows.compilation import may_interpret, prefers_jax
 from pymc_flows.families import affine_map, build_base
 from pymc_flows.importance import Weighing
 from pymc_flows.initialization import (
+    CHEAP_MAX_DIM,
+    PRIOR_DRAWS,
     Gaussian,
     NoStartError,
     Start,
@@ -160,6 +162,8 @@ class Ladder:
                 self._mark_as_fitted()
             else:
                 self._place_by_draws()
+        if good and self.start is not None:
+            approx.fit_stats |= {"elbo": float(self.start.gaussian.elbo), "state": "first"}
         if settings.n == 0 or good:
             even = "the affine map fits: its importance weights are even"
             self._record(Run(stopped=even if good else "initialisation only"))
@@ -370,12 +374,16 @@ class Ladder:
         rng = np.random.default_rng(approx.rng.randint(2**30))
         alone = self._flows[0] if self._flows and len(approx.groups) == 1 else None
         draws = alone.start_draws if alone is not None else None
+        prior = None
+        if draws is None and sum(group.ddim for group in approx.groups) <= CHEAP_MAX_DIM:
+            # a stream of its own: whether there is a prior to draw from changes nothing else
+            prior = approx.prior_points(PRIOR_DRAWS, *rng.spawn(1))
         density: Target | Pulled = target
         try:
             if alone is not None and alone.noncentering is not None:
-                start, density = self._choose_centring(target, alone, draws, rng)
+                start, density = self._choose_centring(target, alone, draws, prior, rng)
             else:
-                start = find_start(target, approx.initial_point(), rng, draws)
+                start = find_start(target, approx.initial_point(), rng, draws, prior)
         except NoStartError:
             message = "The fit can't start: at no point that was tried is the model finite."
             raise FloatingPointError(explain_failure(approx, message)) from None
@@ -451,14 +459,14 @@ class Ladder:
         group.put_components([(g.loc, g.factor) for g in local])
         self.approx.forget_functions()
 
-    def _choose_centring(self, target, group, draws, rng):
+    def _choose_centring(self, target, group, draws, prior, rng):
         """The better start of the non-centred and the centred parametrization, and its density."""
         found = []
         for logit in (-6.0, 6.0):
             layer = replace(group.noncentering, start=logit)
             density = Pulled(target, layer, **self.settings.compiling)
-            seen = None if draws is None else density.undo(draws)
-            start = find_start(density, group.loc, rng, seen)
+            seen, before = (None if x is None else density.undo(x) for x in (draws, prior))
+            start = find_start(density, group.loc, rng, seen, before)
             found.append((start.gaussian.elbo, layer, start, density))
             if fits(density, start.gaussian, rng):
                 break
@@ -614,12 +622,14 @@ class Ladder:
 
     def _warn_of(self, weighing: Weighing) -> None:
         names = [name for group in self.approx.groups for name in _labels(group)]
-        shifted, changed = int(weighing.shift.argmax()), int(weighing.change.argmax())
+        moves = weighing.shift, weighing.change, weighing.w1
+        shifted, changed, bent = (int(move.argmax()) for move in moves)
         warn_user(
             f"the fit's importance weights are uneven (effective sample size {weighing.ess:.1%} of "
             f"the draws): they would move the mean of {names[shifted]} by "
             f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
-            f"{weighing.change[changed]:.0%}, or more where the draws do not reach. Compare with "
+            f"{weighing.change[changed]:.0%}, and the quantiles of {names[bent]} by {weighing.w1[bent]:.2f} sd "
+            f"on average, or more where the draws do not reach. Compare with "
             "pm.sample before trusting it, or try another family"
         )
 

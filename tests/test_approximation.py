@@ -137,6 +137,28 @@ def test_an_unknown_start_names_the_nearest(normal):
         NormalizingFlow("loc", start={"bb": 1.0})
 
 
+def test_points_of_the_prior_come_in_the_groups_order_and_unconstrained():
+    with pm.Model() as model:
+        pm.HalfNormal("scale", 2.0)
+        pm.Normal("x", 100.0, 1.0, shape=2)
+        last, first = pm.Group([model["x"]], vfam="planar"), pm.Group(None, vfam="mean_field")
+        approx = FlowApproximation([last, first])
+    points = approx.prior_points(400, np.random.default_rng(1))
+    assert points.shape == (400, 3)
+    assert (np.abs(points[:, :2].mean(axis=0) - 100) < 4 / 400**0.5).all()
+    # a half-normal's mean is scale sqrt(2 / pi), its sd scale sqrt(1 - 2 / pi)
+    error = 2 * (1 - 2 / np.pi) ** 0.5 / 400**0.5
+    assert abs(np.exp(points[:, 2]).mean() - 2 * (2 / np.pi) ** 0.5) < 4 * error
+
+
+def test_a_flat_prior_has_no_points():
+    with pm.Model():
+        pm.Normal("x")
+        pm.Flat("y")
+        approx = NormalizingFlow("planar")
+    assert approx.prior_points(3, np.random.default_rng(1)) is None
+
+
 def test_a_start_that_is_not_finite_names_the_variable(normal):
     with normal, pytest.raises(ParametrizationError, match=r"start of \['a'\] must be finite"):
         NormalizingFlow("loc", start={"a": [np.inf, 0.0]})

@@ -146,6 +146,49 @@ def test_two_modes_are_noticed():
     assert_allclose(np.sort(start.modes.ravel()), [-1.5, 1.5], atol=1e-3)
 
 
+def two_far_apart(x):
+    """Thrice as much about 3.6 as about -3.6, where a first step may jump to; and its score."""
+    places, shares = (-3.6, 3.6), (0.25, 0.75)
+    logs = np.stack(
+        [normal(np.array([m]), np.array([[0.25]]))(x)[0] + np.log(p)
+         for m, p in zip(places, shares, strict=True)]
+    )  # fmt: skip
+    total = np.logaddexp(*logs)
+    score = sum(
+        np.exp(log - total)[:, None] * (m - x) / 0.25 for log, m in zip(logs, places, strict=True)
+    )
+    return total, score
+
+
+def test_modes_that_no_climb_from_nearby_finds_are_found_from_the_prior():
+    rng = np.random.default_rng
+    near = find_start(two_far_apart, np.array([3.6]), rng(0))
+    assert_allclose(near.modes, [[3.6]], atol=1e-3)
+    prior = rng(1).normal(0, 4, size=(64, 1))
+    start = find_start(two_far_apart, np.array([3.6]), rng(0), prior=prior)
+    assert_allclose(np.sort(start.modes.ravel()), [-3.6, 3.6], atol=1e-3)
+    assert len(start.local) == 2
+    # a prior that says nothing of the other mode changes nothing
+    narrow = find_start(
+        two_far_apart, np.array([3.6]), rng(0), prior=3.6 + rng(1).normal(size=(64, 1))
+    )
+    assert_allclose(narrow.gaussian.loc, near.gaussian.loc)
+
+
+def test_what_is_found_from_the_prior_takes_over_where_nearly_all_mass_is_there():
+    def lopsided(x):
+        logs = np.stack([-0.5 * (x[:, 0] + 8) ** 2 - 6, -0.5 * (x[:, 0] - 8) ** 2])
+        total = np.logaddexp(*logs)
+        left, right = np.exp(logs - total)[..., None]
+        return total, -left * (x + 8) - right * (x - 8)
+
+    near = find_start(lopsided, np.array([-8.0]), np.random.default_rng(0))
+    assert_allclose(near.gaussian.loc, -8, atol=0.1)
+    prior = np.random.default_rng(1).normal(0, 8, size=(64, 1))
+    start = find_start(lopsided, np.array([-8.0]), np.random.default_rng(0), prior=prior)
+    assert_allclose(start.gaussian.loc, 8, atol=0.1)
+
+
 def test_polish_climbs_to_the_mode_in_any_units():
     loc, covariance = badly_scaled()
     polished = polish(normal(loc, covariance), Gaussian(np.zeros(4), np.eye(4)))

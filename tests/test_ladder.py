@@ -158,6 +158,21 @@ def test_components_are_put_where_the_flow_makes_given_gaussians_of_them(flow, p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("apart", [1.5, 4.0])
+def test_one_dimension_has_room_for_two_modes(apart):
+    """Touching ones, which a spline bends a normal into, and ones that no climb from between finds both of."""
+    with pm.Model():
+        pm.NormalMixture("x", [0.3, 0.7], [-apart, apart], sigma=0.7)
+        approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+    drawn = approx.sample(20_000, random_seed=1)
+    excess = (drawn.sample_stats["log_q"] - drawn.sample_stats["log_p"]).to_numpy()
+    # the log evidence is 0
+    assert excess.mean() < 0.02 + 4 * excess.std() / excess.size**0.5
+    left = stats.norm.cdf(0, [-apart, apart], 0.7) @ [0.3, 0.7]
+    assert abs(float((drawn.posterior["x"] < 0).mean()) - left) < 0.03
+
+
+@pytest.mark.slow
 def test_modes_that_are_covered_are_no_reason_for_a_warning():
     with two_modes(1.2):
         approx = pm.fit(method="flow", random_seed=1, progressbar=False)
