@@ -242,7 +242,8 @@ def _climbed_from_prior(target, prior, gaussian):
     worth = np.isfinite(log_p) & np.isfinite(score).all(axis=1) & ~near
     highest = np.flatnonzero(worth)[np.argsort(-log_p[worth])[:PRIOR_CLIMBERS]]
     climb = _Climb(target, prior[highest], log_p[highest], score[highest], stays=True)
-    climb.run()
+    # one that comes within reach is on its way to what is known
+    climb.run(gives_up=gaussian.reaches)
     return climb.x, climb.log_p
 
 
@@ -393,11 +394,13 @@ class _Climb:
         self.active = np.ones(len(points), dtype=bool)
         self.stuck = np.zeros(len(points), dtype=int)
 
-    def run(self, n_iterations=100):
+    def run(self, n_iterations=100, gives_up=None):
         for _ in range(n_iterations):
             if not self.active.any():
                 break
             self._step()
+            if gives_up is not None:
+                self.active &= ~gives_up(self.x)
 
     def _step(self):
         who = np.flatnonzero(self.active)

@@ -16,6 +16,17 @@ from pymc_flows import compilation
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 
 
+def pytest_collection_modifyitems(items):
+    """Put the laws of one bijection in a row, so that the worker that compiles it tests them all."""
+    first: dict = {}
+    places = {}
+    for place, item in enumerate(items):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        kind = (item.path, repr(params["bijection"])) if "bijection" in params else item.nodeid
+        places[item.nodeid] = first.setdefault(kind, place)
+    items.sort(key=lambda item: places[item.nodeid])
+
+
 @pytest.fixture(autouse=True)
 def no_c_compiler():
     """Keep PyTensor from compiling C for every constant that it folds."""

@@ -325,7 +325,7 @@ def test_a_gaussian_ends_with_the_affine_map_and_can_be_refined(python):
     model, mean, sd, log_evidence = conjugate()
     with model:
         inference = NFVI("flow", random_seed=1)
-        approx = inference.fit(obj_n_mc=16, progressbar=False)
+        approx = inference.fit(obj_n_mc=64, progressbar=False)
         assert approx.fit_stats["steps"] == 0
         assert approx.fit_stats["stopped"].startswith("the affine map fits")
         assert_allclose(approx.fit_stats["start_elbo"], log_evidence, atol=1e-6)
@@ -339,7 +339,7 @@ def test_a_gaussian_ends_with_the_affine_map_and_can_be_refined(python):
 def test_no_steps_leave_the_start_and_refine_goes_on_from_it(normal, python):
     with normal:
         inference = NFVI("realnvp", n_layers=1, hidden=(4,), random_seed=1)
-        approx = inference.fit(0, obj_n_mc=8, progressbar=False)
+        approx = inference.fit(0, obj_n_mc=64, progressbar=False)
         assert approx.fit_stats["stopped"] == "initialisation only"
         assert approx.fit_stats["start_elbo"] > -10
         inference.refine(3, progressbar=False)

@@ -184,7 +184,7 @@ def test_modes_that_are_covered_are_no_reason_for_a_warning():
 def test_restarts_that_agree_say_so(normal, python):
     with normal:
         inference = NFVI("realnvp", **SMALL)
-        approx = inference.fit(400, obj_n_mc=32, n_restarts=2, progressbar=False)
+        approx = inference.fit(400, obj_n_mc=64, n_restarts=2, progressbar=False)
         first, second = approx.fit_stats["restarts"]
         assert approx.fit_stats["restarts_agree"]
         assert max(first["elbo"], second["elbo"]) == max(
@@ -200,7 +200,7 @@ def test_restarts_that_agree_say_so(normal, python):
 def test_restarts_that_disagree_say_so(python):
     with two_modes(15.0), pytest.warns(UserWarning, match="the restarts disagree"):
         approx = NFVI("scale-loc", random_seed=1).fit(
-            50, obj_n_mc=32, n_restarts=4, annealing=0, progressbar=False
+            50, obj_n_mc=64, n_restarts=4, annealing=0, progressbar=False
         )
     assert not approx.fit_stats["restarts_agree"]
     assert max(one["shift"] for one in approx.fit_stats["restarts"]) > 3
@@ -216,7 +216,7 @@ def test_an_interrupt_ends_the_restarts_and_keeps_the_best(normal, python):
 
     with normal:
         approx = NFVI("scale-loc", random_seed=1).fit(
-            100, obj_n_mc=8, n_restarts=5, callbacks=[stop], progressbar=False
+            100, obj_n_mc=64, n_restarts=5, callbacks=[stop], progressbar=False
         )
     assert len(steps) == 130
     assert len(approx.fit_stats["restarts"]) <= 3
@@ -282,7 +282,7 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
 
         with pm.Model():
             pm.Normal("x", shape=2)
-            pm.fit(1, method="loc", obj_n_mc=4, initialize=False, callbacks=[look], progressbar=False)
+            pm.fit(1, method="loc", obj_n_mc=64, initialize=False, callbacks=[look], progressbar=False)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"1"}
@@ -303,7 +303,7 @@ def test_a_look_weighs_only_what_it_may_end(
 ):
     with normal:
         inference = NFVI("loc")
-        inference.fit(2, obj_n_mc=4, initialize=False, progressbar=False)
+        inference.fit(2, obj_n_mc=64, initialize=False, progressbar=False)
     looking, asked = inference._ladder, []
 
     def judge(seed, n_draws):
