@@ -188,16 +188,16 @@ def find_start(
     gaussian = _best(target, [*settled, found[0]], rng)
     modes = _modes(target, initial, rng, climb, gaussian, prior)
     local: list[Gaussian] = []
-    if len(modes) > 1 or not gaussian.reaches(modes).all():
+    elsewhere = not (climb.x == modes[0]).all(axis=1).any()
+    if len(modes) > 1 or elsewhere:
         # a spike is none: what counts is the mass about it
         noise = balanced_noise(rng, 64, initial.size)
         local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
         enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
         kept = [g.elbo > enough for g in local]
         modes, local = modes[kept], [g for g, keep in zip(local, kept, strict=True) if keep]
-        highest = max(local, key=lambda g: g.elbo, default=gaussian)
-        if highest.elbo > gaussian.elbo:
-            gaussian = _best(target, [gaussian, settle(target, highest, rng)], rng)
+        if len(local) == 1 and local[0].elbo > gaussian.elbo:
+            gaussian = _best(target, [gaussian, settle(target, local[0], rng)], rng)
     if len(modes) > 1:
         # one mode's Gaussian would keep the flow from the others, unless what is between them is
         # so improbable that a flow that starts there is lost
