@@ -423,7 +423,8 @@ class _Climb:
             j = int(np.argmax(log_p[row]))
             if self.stays:
                 by_length = np.argsort(lengths[row])
-                falls = np.diff(log_p[row, by_length], append=-np.inf) < 0
+                heights = log_p[row, by_length]
+                falls = np.append(heights[1:] < heights[:-1], True)
                 j = int(by_length[np.argmax(falls)])
             gain = log_p[row, j] - self.log_p[k]
             if not gain > 0:

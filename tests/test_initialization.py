@@ -115,14 +115,25 @@ def test_a_funnels_start_is_a_bound_and_said_not_to_fit():
     assert not fits(funnel, start.gaussian, rng)
 
 
-def test_a_start_where_the_density_is_zero_moves_on():
-    def half_line(x):
-        inside = (x > 1).all(axis=1)
-        log_p = np.where(inside, -0.5 * ((x - 5) ** 2).sum(axis=1), -np.inf)
-        return log_p, np.where(inside[:, None], -(x - 5), np.nan)
+def half_line(x):
+    inside = (x > 1).all(axis=1)
+    log_p = np.where(inside, -0.5 * ((x - 5) ** 2).sum(axis=1), -np.inf)
+    return log_p, np.where(inside[:, None], -(x - 5), np.nan)
 
+
+def test_a_start_where_the_density_is_zero_moves_on():
     start = find_start(half_line, np.zeros(2), np.random.default_rng(2))
     assert_allclose(start.gaussian.loc, 5, atol=0.1)
+
+
+@pytest.mark.parametrize("spread", [20.0, 0.0])
+def test_a_prior_that_leads_nowhere_else_changes_nothing(spread):
+    """Some of its draws, or all, are where the density is zero, or steps from them are."""
+    without = find_start(half_line, np.zeros(2), np.random.default_rng(2))
+    prior = spread * np.random.default_rng(3).normal(size=(64, 2))
+    start = find_start(half_line, np.zeros(2), np.random.default_rng(2), prior=prior)
+    assert_allclose(start.gaussian.loc, without.gaussian.loc)
+    assert len(start.modes) == 1
 
 
 def test_a_density_that_is_nowhere_finite_is_an_error():
