@@ -781,17 +781,45 @@ class FlowApproximation(Approximation):
             random_seed = self.rng.randint(2**30, dtype=np.int64)
         (seed,) = _get_seeds_per_chain(random_seed, 1)
         streams = self._noise_streams(seed)
-        function, chunk = self._draw_function(model)
-        parts = []
-        for start in range(0, draws, chunk):
-            noise = [
+        _, chunk = self._draw_function(model)
+        chunks = (
+            [
                 floatX(stream.standard_normal((chunk, noise_dim(group))))
                 for stream, group in zip(streams, self.groups, strict=True)
             ]
-            parts.append([np.asarray(p)[: draws - start] for p in function(*noise)])
+            for _ in range(0, draws, chunk)
+        )
+        return self._made_of(chunks, draws, model)
+
+    def _made_of(self, chunks, draws, model):
+        """What draws are made of chunks of noise, of which there may be more than draws."""
+        function, _ = self._draw_function(model)
+        parts, left = [], draws
+        for noise in chunks:
+            parts.append([np.asarray(p)[:left] for p in function(*noise)])
+            left -= len(parts[-1][-1])
         *values, log_p, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
         names = [v.name for v in model.unobserved_value_vars]
         return dict(zip(names, values, strict=True)), log_p, log_q
+
+    def noise_of(self, draws: int, random_seed: int) -> list[np.ndarray]:
+        """Noise (draws, noise_dim of the group) of each group that ``sample`` makes draws of."""
+        (seed,) = _get_seeds_per_chain(random_seed, 1)
+        return [
+            floatX(stream.standard_normal((draws, noise_dim(group))))
+            for stream, group in zip(self._noise_streams(seed), self.groups, strict=True)
+        ]
+
+    def made_of(
+        self, noise: Sequence[np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Values by name of all unobserved variables, log p and log q, each (draws, ...), of noise."""
+        _, chunk = self._draw_function(self.model)
+        draws = len(noise[0])
+        whole = -(-draws // chunk) * chunk
+        padded = [np.resize(z, (whole, z.shape[1])) for z in noise]
+        chunks = ([z[i : i + chunk] for z in padded] for i in range(0, whole, chunk))
+        return self._made_of(chunks, draws, self.model)
 
     def _noise_streams(self, seed):
         """One generator a group, so that a group's draws do not depend on the others' sizes."""

@@ -24,6 +24,8 @@ from pymc_flows.warning import warn_user
 LARGEST_RHAT, FEWEST_PER_CHAIN = 1.01, 100
 # draws that a chain's first one is chosen from
 POOL = 100
+# correlations of a move's noise with that it starts from, in turn: far moves pass where weights are even
+CORRELATIONS = (0.5, 0.8, 0.95)
 
 
 def importance_resample(
@@ -106,13 +108,17 @@ def sample_imh(
     *,
     chains: int = 4,
     tune: int = 200,
+    moves: int = 9,
     random_seed: int | None = None,
 ) -> DataTree:
     """Sample by independence Metropolis-Hastings, with the approximation as proposal.
 
     A proposal, drawn without regard to where the chain is, is accepted with probability
     ``min(1, w(new) / w(old))``, w the importance weight (Tierney 1994, section 2.3.3). The chain's
-    limit is the posterior, if slowly where k-hat is large.
+    limit is the posterior, if slowly where k-hat is large: a draw of great weight holds it for long. So
+    each draw then moves on by itself, a few steps of Metropolis-Hastings whose proposals are made of
+    noise correlated with its own (preconditioned Crank-Nicolson, Cotter et al. 2013, section 4.2),
+    accepted by the same rule; draws of one place part (resample-move, Gilks & Berzuini 2001).
 
     Parameters
     ----------
@@ -121,6 +127,8 @@ def sample_imh(
     draws, chains, tune : int
         Draws of each chain, chains, and steps of each chain that are thrown away first. Chains start at
         a draw chosen by its weight from 100.
+    moves : int, default 9
+        Steps of each draw from where its chain is; 0 for the chains as they are.
     random_seed : int, optional
         Of everything.
 
@@ -128,8 +136,9 @@ def sample_imh(
     -------
     DataTree
         ``posterior``, ``sample_stats`` (``log_p``, ``log_q``, ``accepted``), the model's data, and
-        ``correction``, whose attributes say what was done: ``acceptance_rate``, the largest
-        ``rhat``, the least ``ess_bulk``, ``khat`` of all proposals.
+        ``correction``, whose attributes say what was done: ``acceptance_rate`` of the chains' steps and
+        ``move_acceptance_rate`` of the moves, the largest ``rhat``, the least ``ess_bulk``, ``khat`` of all
+        proposals. ``accepted`` is of the chain.
 
     Raises
     ------
@@ -142,11 +151,13 @@ def sample_imh(
         Where R-hat is above 1.01 or there are fewer than 100 effective draws a chain.
     """
     _check(draws=draws, chains=chains)
-    if tune < 0:
-        raise ValueError(f"tune must be at least 0, got {tune}")
-    choose, sample = np.random.SeedSequence(random_seed).spawn(2)
+    for name, number in (("tune", tune), ("moves", moves)):
+        if number < 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
+    approx = with_density(approx)
+    choose, sample, move = np.random.SeedSequence(random_seed).spawn(3)
     length = POOL + tune + draws
-    drawn = with_density(approx).sample(chains * length, random_seed=_integer(sample))
+    drawn = approx.sample(chains * length, random_seed=_integer(sample))
     log_weights = _log_weights(drawn)
     rows = np.arange(chains * length).reshape(chains, length)
     paths = [
@@ -157,11 +168,20 @@ def sample_imh(
     # a move is a change of state; the step before the first kept one counts as where it came from
     accepted = (np.diff(path, axis=1) != 0)[:, -draws:]
     result = _taken(drawn, path[:, -draws:], {"accepted": accepted}, {})
+    moved = np.nan
+    if moves:
+        chosen = path[:, -draws:].ravel()
+        noise = [z[chosen] for z in approx.noise_of(chains * length, _integer(sample))]
+        rng = np.random.default_rng(move)
+        found, moved = _moved(approx, noise, log_weights[chosen], moves, rng)
+        _put(result, *found)
     rhat, ess = _convergence(result)
     said = {
         "method": "independence Metropolis-Hastings",
         "tune": tune,
         "acceptance_rate": float(accepted.mean()),
+        "moves": moves,
+        "move_acceptance_rate": moved,
         "rhat": rhat,
         "ess_bulk": ess,
         "khat": smooth(log_weights).khat,
@@ -188,6 +208,42 @@ def _metropolis(log_weights, row, rng):
             state = new
         states.append(state)
     return np.array(states)
+
+
+def _moved(approx, noise, log_weights, moves, rng):
+    """Values, log p and log q of noise (draws, columns) by group after moves, and the share accepted.
+
+    The posterior is to be the law of what noise makes, or of what it makes with its auxiliary variables.
+    """
+    values, log_p, log_q = approx.made_of(noise)
+    accepted = 0.0
+    for step in range(moves):
+        kept = CORRELATIONS[step % len(CORRELATIONS)]
+        fresh = [rng.standard_normal(z.shape).astype(z.dtype) for z in noise]
+        tried = [kept * z + (1 - kept**2) ** 0.5 * new for z, new in zip(noise, fresh, strict=True)]
+        tried_values, tried_log_p, tried_log_q = approx.made_of(tried)
+        tried_weights = np.where(np.isfinite(tried_log_p), tried_log_p - tried_log_q, -np.inf)
+        goes = np.log1p(-rng.random(len(log_weights))) < tried_weights - log_weights
+        accepted += float(goes.mean()) / moves
+        log_weights = np.where(goes, tried_weights, log_weights)
+        noise = [np.where(goes[:, None], new, z) for z, new in zip(noise, tried, strict=True)]
+        for old, new in (
+            *((values[name], tried_values[name]) for name in values),
+            (log_p, tried_log_p),
+            (log_q, tried_log_q),
+        ):
+            old[goes] = new[goes]
+    return (values, log_p, log_q), accepted
+
+
+def _put(result, values, log_p, log_q):
+    """Replace draws (chain, draw) by as many others, chains end to end."""
+    posterior, stats = (result[group].to_dataset() for group in ("posterior", "sample_stats"))
+    for dataset, found in ((posterior, values), (stats, {"log_p": log_p, "log_q": log_q})):
+        for name, old in dataset.data_vars.items():
+            if name in found:
+                dataset[name] = old.copy(data=found[name].reshape(old.shape).astype(old.dtype))
+    result["posterior"], result["sample_stats"] = DataTree(posterior), DataTree(stats)
 
 
 def neutra_model(approx: Approximation) -> pm.Model:

@@ -16,6 +16,7 @@ from pymc_flows import (
     sample_imh,
     sample_neutra,
 )
+from pymc_flows.correction import _moved
 
 
 def test_resampled_draws_are_the_posteriors(python):
@@ -57,8 +58,53 @@ def test_metropolis_draws_are_the_posteriors(python):
         ess = array_stats.ess(x, chain_axis=0, draw_axis=1)
         assert abs(x.mean()) < 4 / ess**0.5
         assert abs(x.std() - 1) < 4 / (2 * ess) ** 0.5
+    log_p = stats.norm.logpdf(result.posterior["x"]).sum(axis=-1) + 1.7
+    assert_allclose(result.sample_stats["log_p"], log_p)
+    log_q = stats.norm.logpdf(result.posterior["x"], 0.4, 1.3).sum(axis=-1)
+    assert_allclose(result.sample_stats["log_q"], log_q)
+
+
+def test_without_moves_draws_are_the_chains(python):
+    result = sample_imh(gaussian(0.4, 1.3), 5000, moves=0, random_seed=1)
+    said = result["correction"].attrs
     moved = (np.diff(result.posterior["x"].values[..., 0], axis=1) != 0).mean()
     assert_allclose(moved, said["acceptance_rate"], atol=1e-3)
+    assert np.isnan(said["move_acceptance_rate"])
+
+
+def test_moves_leave_the_posterior_as_it_is(python):
+    approx, rng = gaussian(0.3, 1.2), np.random.default_rng(1)
+    x = rng.normal(size=(20_000, 3))
+    noise = (x - 0.3) / 1.2
+    log_weights = (stats.norm.logpdf(x) - stats.norm.logpdf(x, 0.3, 1.2)).sum(axis=1) + 1.7
+    (values, log_p, log_q), accepted = _moved(approx, [noise], log_weights, 6, rng)
+    there = values["x"]
+    assert 0.5 < accepted < 1
+    assert (there != x).mean() > 0.9
+    for power, variance in ((1, 1), (2, 2), (3, 15), (4, 96)):
+        error = (variance / x.size) ** 0.5
+        assert abs((there**power).mean() - (0, 1, 0, 3)[power - 1]) < 4 * error
+    assert_allclose(log_p - log_q, stats.norm.logpdf(there).sum(axis=1) + 1.7 - stats.norm.logpdf(there, 0.3, 1.2).sum(axis=1))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the chains have not converged")
+def test_moves_part_what_a_heavy_draw_held(python):
+    still, moved = (
+        sample_imh(gaussian(0.0, 0.6), 500, moves=moves, random_seed=1) for moves in (0, 9)
+    )
+    distinct = [np.unique(result.posterior["x"][..., 0]).size for result in (still, moved)]
+    assert distinct[0] < 1500
+    assert distinct[1] > 1900
+
+
+def test_noise_is_that_of_the_samples_draws(normal, python):
+    with normal:
+        approx = NormalizingFlow("realnvp", n_layers=1, hidden=(4,), random_seed=1)
+    drawn = approx.sample(1003, random_seed=5)
+    values, log_p, log_q = approx.made_of(approx.noise_of(1003, 5))
+    assert_array_equal(values["a"], drawn.posterior["a"][0])
+    assert_array_equal(log_p, drawn.sample_stats["log_p"][0])
+    assert_array_equal(log_q, drawn.sample_stats["log_q"][0])
 
 
 def test_metropolis_accepts_everything_from_an_exact_proposal(python):
