@@ -28,6 +28,8 @@ MOST_BETWEEN = 30.0
 LITTLE_MASS = 10.0
 # above it, what is done in every dimension is done more sparingly
 CHEAP_MAX_DIM = 50
+# relative differences of log densities that may be but their rounding
+ROUNDING = 1e-9
 # where a climb is given up
 RUNAWAY = 1e9
 # of Gaussians that settle where the highest climb does not end
@@ -242,9 +244,10 @@ def _climbed_from_prior(target, prior, gaussian):
     worth = np.isfinite(log_p) & np.isfinite(score).all(axis=1) & ~near
     highest = np.flatnonzero(worth)[np.argsort(-log_p[worth])[:PRIOR_CLIMBERS]]
     climb = _Climb(target, prior[highest], log_p[highest], score[highest], stays=True)
-    # one that comes within reach is on its way to what is known
+    # one that comes within reach is on its way to what is known; one that has not ended has found nothing
     climb.run(gives_up=gaussian.reaches)
-    return climb.x, climb.log_p
+    ended = ~climb.active & ~gaussian.reaches(climb.x)
+    return climb.x[ended], climb.log_p[ended]
 
 
 def _apart(points, log_p, gaussian):
@@ -424,7 +427,10 @@ class _Climb:
             if self.stays:
                 by_length = np.argsort(lengths[row])
                 heights = log_p[row, by_length]
-                falls = np.append(heights[1:] < heights[:-1], True)
+                with np.errstate(invalid="ignore"):
+                    falls = np.append(
+                        heights[1:] < heights[:-1] - ROUNDING * np.abs(heights[:-1]), True
+                    )
                 j = int(by_length[np.argmax(falls)])
             gain = log_p[row, j] - self.log_p[k]
             if not gain > 0:

@@ -186,6 +186,22 @@ def test_modes_that_no_climb_from_nearby_finds_are_found_from_the_prior():
     assert_allclose(narrow.gaussian.loc, near.gaussian.loc)
 
 
+@pytest.mark.parametrize("ripple", [0.0, 1e-9])
+def test_climbs_that_give_up_or_stumble_are_no_modes(ripple):
+    """A wide prior over one long ridge, on which rounding leaves ripples."""
+    covariance = np.array([[1.0, 0.95], [0.95, 1.0]])
+    smooth = normal(np.zeros(2), covariance)
+
+    def ridge(x):
+        log_p, score = smooth(x)
+        return log_p - 100 + ripple * np.sin(1e7 * x[:, 0]), score
+
+    for seed in range(5):
+        prior = np.random.default_rng(seed).normal(0, 10, size=(64, 2))
+        start = find_start(ridge, np.zeros(2), np.random.default_rng(seed), prior=prior)
+        assert len(start.modes) == 1
+
+
 def test_what_is_found_from_the_prior_takes_over_where_nearly_all_mass_is_there():
     def lopsided(x):
         logs = np.stack([-0.5 * (x[:, 0] + 8) ** 2 - 6, -0.5 * (x[:, 0] - 8) ** 2])
