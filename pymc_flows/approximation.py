@@ -50,6 +50,7 @@ from pymc_flows.bijections import (
     flatten,
     normal_log_density,
 )
+from pymc_flows.bijections.linear import dense, divided, norms_of_rows
 from pymc_flows.compilation import compile_function
 from pymc_flows.families import (
     DEFAULT_FAMILY,
@@ -255,10 +256,10 @@ class FlowGroup(Group):
         if isinstance(self.layers, Chain) and isinstance(self.layers.layers[-1], Tails):
             # tails belong to the variables, so what correlates them stands before
             *first, tails = self.layers.layers
-            scales = factor if factor.ndim == 1 else np.sqrt((factor**2).sum(axis=1))
+            scales = norms_of_rows(factor)
             last = [tails, Whitening(self.ddim, loc, scales)]
             if factor.ndim == 2:
-                last = [Whitening(self.ddim, 0 * loc, factor / scales[:, None]), *last]
+                last = [Whitening(self.ddim, 0 * loc, divided(factor, scales)), *last]
         else:
             first = [self.layers]
         if self.noncentering is not None:
@@ -335,7 +336,7 @@ class FlowGroup(Group):
         Parameters
         ----------
         gaussians : sequence of tuple of ndarray
-            Location (dim,) and factor, (dim,) or (dim, dim), of each, the first the most important.
+            Location (dim,) and factor of each, the first the most important.
             Where there are more components than these, they share them, moved apart.
         """
         base, weights = self.base, self.shared_params["weights"].get_value()
@@ -345,7 +346,7 @@ class FlowGroup(Group):
         locs, factors = [], []
         for k in range(base.n_components):
             loc, factor = gaussians[k % len(gaussians)]
-            factor = np.diag(factor) if factor.ndim == 1 else factor
+            factor = dense(factor)
             if k >= len(gaussians):
                 loc = loc + 0.3 * factor @ rng.normal(size=loc.size)
             locs.append(np.linalg.solve(slopes, loc - middle))

@@ -11,11 +11,27 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pymc_flows.bijections.linear import (
+    divided,
+    inverse_factor,
+    is_low_rank,
+    log_det_of,
+    low_rank_factor,
+    norms_of_rows,
+    times,
+    times_transposed,
+    unpacked,
+)
 from pymc_flows.importance import normalised, weigh
 
 Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-FULL_MAX_DIM = 300
+# up to which covariances are full, and up to which even what takes long with them is done
+FULL_MAX_DIM, WRITTEN_MAX_DIM = 1000, 300
+# beyond, directions in which variances are stretched in a round, draws that say how far, and rounds
+LANCZOS_STEPS, LANCZOS_DRAWS, STRETCHES, MAX_RANK = 24, 32, 16, 64
+# and by which squared scales change in one of them at most
+CURVATURES = (1e-2, 1e4)
 N_CLIMBERS = 8
 # further rounds of as many climbs, where the first ended in several modes
 MORE_ROUNDS = 4
@@ -47,7 +63,7 @@ class Gaussian:
     loc : ndarray
         (dim,).
     factor : ndarray
-        (dim, dim), lower triangular, with the covariance as its square; or (dim,), the scales.
+        F of the covariance ``F Fᵀ``, of any kind that :class:`pymc_flows.bijections.Whitening` takes.
     elbo, elbo_se : float
         Evidence lower bound and its Monte Carlo standard error, in nats.
     """
@@ -60,17 +76,19 @@ class Gaussian:
     @property
     def scales(self) -> np.ndarray:
         """Standard deviations (dim,)."""
-        return self.factor if self.factor.ndim == 1 else np.sqrt((self.factor**2).sum(axis=1))
+        return norms_of_rows(self.factor)
 
     def draws(self, z: np.ndarray) -> np.ndarray:
         """Map standard normal z (draws, dim) to draws."""
-        return self.loc + (z * self.factor if self.factor.ndim == 1 else z @ self.factor.T)
+        return self.loc + times(self.factor, z)
 
     def whiten(self, x: np.ndarray) -> np.ndarray:
         """Map draws to standard normal z (draws, dim)."""
         away = x - self.loc
         if self.factor.ndim == 1:
             return away / self.factor
+        if is_low_rank(self.factor):
+            return times(inverse_factor(self.factor), away)
         from scipy.linalg import solve_triangular  # slow to import
 
         return solve_triangular(self.factor, away.T, lower=True).T
@@ -81,30 +99,55 @@ class Gaussian:
 
     def pull(self, score: np.ndarray) -> np.ndarray:
         """Turn a score by x into one by z."""
-        return score * self.factor if self.factor.ndim == 1 else score @ self.factor
+        return times_transposed(self.factor, score)
 
     def log_density(self, z: np.ndarray) -> np.ndarray:
         """Log density (draws,) of the draws made from z."""
-        diagonal = self.factor if self.factor.ndim == 1 else np.diagonal(self.factor)
         with np.errstate(divide="ignore"):  # without width, by rounding, it has no bound
-            constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + np.log(diagonal).sum()
+            constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + log_det_of(self.factor)
         return -0.5 * (z**2).sum(axis=1) - constant
 
     def block(self, here: slice) -> tuple[np.ndarray, np.ndarray]:
         """Location and factor of the marginal of some of the dimensions."""
-        if self.factor.ndim == 1 or self.factor[here].shape == self.factor.shape:
-            return self.loc[here], self.factor[here]
-        return self.loc[here], _root(self.factor[here] @ self.factor[here].T)
+        loc, factor = self.loc[here], self.factor[here]
+        if factor.ndim == 1 or len(factor) == len(self.factor):
+            return loc, factor
+        if not is_low_rank(self.factor):
+            return loc, _root(factor @ factor.T)
+        scales, left, right = unpacked(factor)
+        columns, inner = _of_covariance(left, right, unpacked(self.factor)[2])
+        if loc.size <= FULL_MAX_DIM:
+            correlation = np.eye(loc.size) + columns @ inner @ columns.T
+            return loc, _root(scales[:, None] * correlation * scales)
+        return loc, _low_rank_root(scales, columns, inner, MAX_RANK)
 
-    def moved(self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray | None):
+    def moved(
+        self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray | None = None
+    ) -> Gaussian:
         """Go on to mean ``shift`` and covariance ``vectors diag(values) vectors'`` in z."""
-        loc = self.draws(shift[None])[0]
+        loc, roots = self.draws(shift[None])[0], np.sqrt(values)
+        if vectors is None and is_low_rank(self.factor):
+            scales, left, right = unpacked(self.factor)
+            left, right = left / roots[:, None], right * roots[:, None]
+            return Gaussian(loc, low_rank_factor(scales * roots, left, right))
         if vectors is None:
-            return Gaussian(loc, self.factor * np.sqrt(values))
+            return Gaussian(loc, self.factor * roots)
         factor = np.diag(self.factor) if self.factor.ndim == 1 else self.factor
-        root = factor @ (vectors * np.sqrt(values))
-        upper = np.linalg.qr(root.T, mode="r")
+        upper = np.linalg.qr((factor @ (vectors * roots)).T, mode="r")
         return Gaussian(loc, upper.T * np.where(np.diagonal(upper) < 0, -1.0, 1.0))
+
+    def stretched(self, values: np.ndarray, vectors: np.ndarray) -> Gaussian:
+        """Go on to variances ``values`` along a few orthonormal ``vectors`` (dim, rank) in z."""
+        more = vectors * (np.sqrt(values) - 1)
+        if self.factor.ndim == 1:
+            return Gaussian(self.loc, low_rank_factor(self.factor, vectors, more))
+        scales, left, right = unpacked(self.factor)
+        left = np.column_stack([left, vectors + left @ (right.T @ vectors)])
+        right = np.column_stack([right, more])
+        if left.shape[1] <= MAX_RANK:
+            return Gaussian(self.loc, low_rank_factor(scales, left, right))
+        columns, inner = _of_covariance(left, right, right)
+        return Gaussian(self.loc, _low_rank_root(scales, columns, inner, MAX_RANK))
 
 
 @dataclass
@@ -169,6 +212,7 @@ def find_start(
         given = gaussian_of(draws)
         # luck must not undo what settling gains
         gaussian = _best(target, [settle(target, given, rng), given], rng, doubt=3.0)
+        gaussian = _stretched(target, gaussian, rng)
         if np.isfinite(gaussian.elbo):
             return Start(gaussian, gaussian.loc[None])
     points, log_p, score = _first_points(target, initial, rng)
@@ -181,13 +225,14 @@ def find_start(
     found = [judge(target, climb.gaussian(k, when), noise) for k, when in sorted(places)]
     found.sort(key=lambda g: -g.elbo)
     if initial.size <= FULL_MAX_DIM:
-        found += [judge(target, polish(target, g), noise) for g in found[:2]]
+        n_polished = 2 if initial.size <= WRITTEN_MAX_DIM else 1
+        found += [judge(target, polish(target, g), noise) for g in found[:n_polished]]
         found.sort(key=lambda g: -g.elbo)
     n_settled = 2 if initial.size <= CHEAP_MAX_DIM else 1
     settled = [settle(target, g, rng) for g in found[:n_settled]]
     if climb.endless and not fits(target, max(settled, key=lambda g: g.elbo), rng, 512):
         settled += _without_climbing(target, initial, rng)
-    gaussian = _best(target, [*settled, found[0]], rng)
+    gaussian = _stretched(target, _best(target, [*settled, found[0]], rng), rng)
     modes = _modes(target, initial, rng, climb, gaussian, prior)
     local: list[Gaussian] = []
     elsewhere = not (climb.x == modes[0]).all(axis=1).any()
@@ -207,6 +252,23 @@ def find_start(
         gaussian = broad if broad.elbo > gaussian.elbo - MOST_BETWEEN else gaussian
         return Start(gaussian, modes, local)
     return Start(gaussian, modes if len(modes) else gaussian.loc[None])
+
+
+def _stretched(target, gaussian, rng):
+    """Correlate what has too many dimensions for a full covariance, as long as the ELBO gains by it."""
+    failures = 0
+    for _ in range(STRETCHES if gaussian.loc.size > FULL_MAX_DIM else 0):
+        further = stretch(target, gaussian, rng)
+        if further is gaussian:
+            break
+        tried = [gaussian, further, settle(target, further, rng, n_iterations=4)]
+        noise = balanced_noise(rng, 256, gaussian.loc.size)
+        before, *after = [judge(target, g, noise) for g in tried]
+        gaussian = max([before, *after], key=lambda g: g.elbo)
+        failures += not gaussian.elbo > before.elbo + max(0.1, gaussian.elbo_se)
+        if failures > 1:
+            break
+    return gaussian
 
 
 def _without_climbing(target, initial, rng):
@@ -290,8 +352,8 @@ def around(modes: np.ndarray, gaussian: Gaussian) -> Gaussian:
     """Give the Gaussian with mean and covariance of equal copies of one at several modes."""
     loc = modes.mean(axis=0)
     away = modes - loc
-    if gaussian.factor.ndim == 1:
-        return Gaussian(loc, np.sqrt(gaussian.factor**2 + (away**2).mean(axis=0)))
+    if gaussian.factor.ndim == 1 or is_low_rank(gaussian.factor):
+        return Gaussian(loc, np.sqrt(gaussian.scales**2 + (away**2).mean(axis=0)))
     return Gaussian(loc, _root(gaussian.factor @ gaussian.factor.T + away.T @ away / len(modes)))
 
 
@@ -468,7 +530,7 @@ class _Climb:
     def gaussian(self, k, when):
         """The point of an iteration, with the curvature that the climb knew there."""
         x, pairs = self.history[k][when]
-        if x.size > FULL_MAX_DIM:
+        if x.size > WRITTEN_MAX_DIM:
             return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
         inverse = np.array([_quasi_newton(row, pairs) for row in np.eye(x.size)])
         return Gaussian(x, _root(inverse))
@@ -506,6 +568,23 @@ def _root(covariance):
     return upper.T * np.sign(np.diagonal(upper))
 
 
+def _of_covariance(left, right, everywhere):
+    """C and K of ``(I + A Bᵀ)(I + A Bᵀ)ᵀ = I + C K Cᵀ``, A and B for some of the dimensions, B for all."""
+    eye = np.eye(left.shape[1])
+    inner = np.block([[everywhere.T @ everywhere, eye], [eye, 0 * eye]])
+    return np.column_stack([left, right]), inner
+
+
+def _low_rank_root(scales, columns, inner, max_rank):
+    """Root of ``S (I + C K Cᵀ) S``, with the eigenvectors of ``C K Cᵀ`` that matter most."""
+    q, r = np.linalg.qr(columns)
+    values, vectors = np.linalg.eigh(r @ inner @ r.T)
+    logs = np.log1p(np.maximum(values, 1e-14 - 1))
+    most = np.argsort(-np.abs(logs))[: min(max_rank, (len(scales) - 2) // 2)]
+    vectors = q @ vectors[:, most]
+    return low_rank_factor(scales, vectors, vectors * np.expm1(logs[most] / 2))
+
+
 def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gaussian:
     """Climb to the mode by damped Newton steps on a Hessian from differences of the score.
 
@@ -539,7 +618,7 @@ def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gauss
 
 
 def settle(
-    target: Density, gaussian: Gaussian, rng: np.random.Generator, n_iterations: int = 100
+    target: Density, gaussian: Gaussian, rng: np.random.Generator, n_iterations: int | None = None
 ) -> Gaussian:
     """Maximise a Gaussian's ELBO by natural-gradient steps.
 
@@ -549,7 +628,9 @@ def settle(
     (Khan & Rue 2023, arXiv:2107.04562, eq. 12).
     """
     dim = gaussian.loc.size
-    n_draws = 64 * int(np.ceil(max(64, 3 * dim) / 64))
+    n_draws = 64 * int(np.ceil(max(64, 3 * min(dim, FULL_MAX_DIM)) / 64))
+    if n_iterations is None:  # what will be stretched settles again
+        n_iterations = 100 if dim <= FULL_MAX_DIM else 10
     best, waited, damping, grown = gaussian, 0, 1.0, False
     for _ in range(n_iterations):
         noise = balanced_noise(rng, n_draws, dim)
@@ -557,7 +638,8 @@ def settle(
         valid = np.isfinite(log_p) & np.isfinite(score).all(axis=1)
         if valid.mean() < 0.5:
             # too wide: half of it, about the best
-            gaussian = replace(best, factor=best.factor * 0.5 ** (waited + 1))
+            too_wide = np.full(dim, 2.0 ** (waited + 1))
+            gaussian = replace(best, factor=divided(best.factor, too_wide))
             waited += 1
             if waited > 4:
                 break
@@ -596,7 +678,56 @@ def _newton(noise, score):
         slope = -(noise * score).mean(axis=0) / (noise**2).mean(axis=0)
         return (score + slope * noise).mean(axis=0), slope, None
     design = np.column_stack([np.ones(n_draws), noise])
-    coefficients = np.linalg.lstsq(design, score, rcond=None)[0]
+    if dim <= WRITTEN_MAX_DIM:
+        coefficients = np.linalg.lstsq(design, score, rcond=None)[0]
+    else:  # without singular values, which take long, and nearly uncorrelated draws do not need
+        coefficients = np.linalg.solve(design.T @ design, design.T @ score)
     slope = -coefficients[1:]
     values, vectors = np.linalg.eigh((slope + slope.T) / 2)
     return coefficients[0], values, vectors
+
+
+def stretch(target: Density, gaussian: Gaussian, rng: np.random.Generator) -> Gaussian:
+    """Take a Gaussian a Newton step on, with variances along the directions in which it fits least.
+
+    In units of the Gaussian, minus the mean Hessian over its draws, of which only products with
+    vectors are taken, by differences of the score, is the identity where it fits. Lanczos
+    iterations (Golub & Van Loan 2013, section 10.1) from the mean gradient find its extreme
+    eigenvectors, of both ends at once, and the step, which is that of conjugate gradients.
+    """
+    dim = gaussian.loc.size
+    noise = balanced_noise(rng, LANCZOS_DRAWS, dim)
+    gradient = gaussian.pull(target(gaussian.draws(noise))[1]).mean(axis=0)
+    if not np.isfinite(gradient).all():
+        return gaussian
+    size, basis, images, direction = 1e-3, np.zeros((0, dim)), [], gradient
+    for _ in range(min(LANCZOS_STEPS, (dim - 2) // 2)):
+        direction = _beside(basis, direction)
+        if np.linalg.norm(direction) < 1e-8:  # what it led to is known: from elsewhere
+            direction = _beside(basis, rng.standard_normal(dim))
+        direction = direction / np.linalg.norm(direction)
+        both = np.concatenate([noise + size * direction, noise - size * direction])
+        score = gaussian.pull(target(gaussian.draws(both))[1])
+        if not np.isfinite(score).all():
+            break
+        basis = np.vstack([basis, direction])
+        images.append((score[len(noise) :] - score[: len(noise)]).mean(axis=0) / (2 * size))
+        direction = images[-1]
+    if not images:
+        return gaussian
+    products = basis @ np.array(images).T
+    values, vectors = np.linalg.eigh((products + products.T) / 2)
+    values, vectors = np.clip(values, *CURVATURES), basis.T @ vectors
+    if np.abs(values - 1).max() < 0.1 and np.linalg.norm(gradient) < 0.1:
+        return gaussian
+    shift = vectors @ ((vectors.T @ gradient) / values)
+    shift *= min(1.0, 2 * dim**0.5 / max(np.linalg.norm(shift), 1e-300))
+    moved = replace(gaussian, loc=gaussian.draws(shift[None])[0])
+    return moved.stretched(1 / values, vectors)
+
+
+def _beside(basis, direction):
+    """What of a direction (dim,) an orthonormal basis (rank, dim) has not."""
+    for _ in range(2):  # the second time, what rounding has left
+        direction = direction - (basis @ direction) @ basis
+    return direction

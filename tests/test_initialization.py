@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy import stats
 
+from pymc_flows import initialization
+from pymc_flows.bijections.linear import dense, is_low_rank, low_rank_factor
 from pymc_flows.initialization import (
     Gaussian,
     NoStartError,
@@ -13,6 +16,7 @@ from pymc_flows.initialization import (
     judge,
     polish,
     settle,
+    stretch,
 )
 
 
@@ -248,6 +252,119 @@ def test_a_block_is_the_marginal():
     loc, block = Gaussian(np.arange(3.0), factor).block(slice(1, 3))
     assert_allclose(loc, [1, 2])
     assert_allclose(block @ block.T, (factor @ factor.T)[1:, 1:])
+
+
+def correlated(dim, seed=0):
+    """Covariance in units from 0.01 to 100 of what two factors share and two directions narrow."""
+    rng = np.random.default_rng(seed)
+    shared, narrow = rng.normal(size=(2, dim, 2))
+    precision = np.linalg.inv(np.eye(dim) + shared @ shared.T) + 9 * narrow @ narrow.T
+    units = rng.permutation(np.geomspace(1e-2, 1e2, dim))
+    return units[:, None] * np.linalg.inv(precision) * units
+
+
+def a_low_rank(dim, rank, seed=0):
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.normal(size=(dim, rank)))[0]
+    factor = low_rank_factor(
+        np.linspace(0.5, 2.0, dim), vectors, vectors * rng.uniform(-0.9, 3, rank)
+    )
+    return Gaussian(rng.normal(size=dim), factor)
+
+
+def test_a_low_rank_is_a_gaussian_as_any_other():
+    gaussian = a_low_rank(12, 3)
+    matrix = dense(gaussian.factor)
+    covariance = matrix @ matrix.T
+    noise = np.random.default_rng(1).normal(size=(6, 12))
+    draws = gaussian.draws(noise)
+    assert_allclose(gaussian.whiten(draws), noise, rtol=0, atol=1e-10)
+    exact = stats.multivariate_normal(gaussian.loc, covariance).logpdf(draws)
+    assert_allclose(gaussian.log_density(noise), exact, rtol=1e-10)
+    assert_allclose(gaussian.scales, np.sqrt(np.diag(covariance)))
+    assert_allclose(gaussian.pull(noise), noise @ matrix, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_rank", [1, 4, 64])
+def test_a_low_rank_that_goes_on_keeps_what_matters_most(max_rank, monkeypatch):
+    monkeypatch.setattr(initialization, "MAX_RANK", max_rank)
+    gaussian = a_low_rank(12, 3)
+    before = dense(gaussian.factor)
+    values = np.linspace(0.2, 3.0, 12)
+    moved = gaussian.moved(np.ones(12), values)
+    assert_allclose(moved.loc, gaussian.loc + before @ np.ones(12))
+    assert_allclose(dense(moved.factor), before * np.sqrt(values), atol=1e-12)
+    vectors = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 2)))[0]
+    widened = gaussian.stretched(np.array([4.0, 0.25]), vectors)
+    root = before @ (np.eye(12) + vectors * np.array([1.0, -0.5]) @ vectors.T)
+    found = dense(widened.factor)
+    if max_rank == 64:
+        assert_allclose(found, root, atol=1e-12)
+    else:
+        # the best symmetric root of so low a rank, in units of the scales
+        scales = widened.factor[:, :1]
+        inner = root @ root.T / (scales * scales.T)
+        exact, vectors = np.linalg.eigh(inner)
+        kept = np.argsort(-np.abs(np.log(exact)))[:max_rank]
+        near = np.eye(12) + (vectors[:, kept] * (exact[kept] - 1)) @ vectors[:, kept].T
+        assert_allclose(found @ found.T / (scales * scales.T), near, atol=1e-8)
+
+
+@pytest.mark.parametrize("here", [slice(0, 8), slice(3, 12), slice(10, 12)])
+def test_a_block_of_a_low_rank_is_the_marginal(here, monkeypatch):
+    monkeypatch.setattr(initialization, "FULL_MAX_DIM", 5)
+    gaussian = a_low_rank(12, 1)
+    everything = dense(gaussian.factor)
+    loc, block = gaussian.block(here)
+    assert_allclose(loc, gaussian.loc[here])
+    exact = (everything @ everything.T)[here, here]
+    assert is_low_rank(block) == (loc.size > 5)
+    assert_allclose(dense(block) @ dense(block).T, exact, atol=1e-10)
+
+
+def test_a_stretch_is_a_newton_step_where_few_directions_matter():
+    """A covariance of a diagonal, here the Gaussian's own, and three directions: Lanczos needs four steps of its 19."""
+    exact = a_low_rank(40, 3)
+    covariance = dense(exact.factor) @ dense(exact.factor).T
+    flat = Gaussian(np.zeros(40), exact.factor[:, 0])
+    found = stretch(normal(exact.loc, covariance), flat, np.random.default_rng(0))
+    assert_allclose(found.loc, exact.loc, atol=1e-3)
+    assert_allclose(dense(found.factor) @ dense(found.factor).T, covariance, atol=1e-3)
+
+
+def test_beyond_full_covariances_a_low_rank_is_found(monkeypatch):
+    seed = 1
+    for name in ("FULL_MAX_DIM", "WRITTEN_MAX_DIM"):
+        monkeypatch.setattr(initialization, name, 100)
+    covariance = correlated(150, seed)
+    loc = 3 * np.sqrt(np.diag(covariance)) * np.random.default_rng(seed).normal(size=150)
+    target = normal(loc, covariance)
+    start = find_start(target, np.zeros(150), np.random.default_rng(seed))
+    assert is_low_rank(start.gaussian.factor)
+    # variances alone end 1200 nats below
+    assert -5 < start.gaussian.elbo < 4 * start.gaussian.elbo_se
+    sd = np.sqrt(np.diag(covariance))
+    assert_allclose(start.gaussian.scales, sd, rtol=0.2)
+    assert_allclose((start.gaussian.loc - loc) / sd, 0, atol=0.2)
+
+
+def test_a_stretch_from_the_exact_mean_finds_what_correlates():
+    """There is no gradient to begin with; and of what fits nothing is changed."""
+    exact = a_low_rank(40, 3)
+    covariance = dense(exact.factor) @ dense(exact.factor).T
+    target, rng = normal(exact.loc, covariance), np.random.default_rng(0)
+    found = stretch(target, Gaussian(exact.loc, exact.factor[:, 0]), rng)
+    assert_allclose(dense(found.factor) @ dense(found.factor).T, covariance, atol=1e-3)
+    assert stretch(target, found, rng) is found
+
+
+def test_a_density_that_is_not_finite_nearby_stretches_nothing():
+    def cliff(x):
+        inside = (np.abs(x) < 1e-9).all(axis=1)
+        return np.where(inside, 0.0, np.nan), np.where(inside[:, None], -x, np.nan)
+
+    gaussian = Gaussian(np.zeros(30), np.ones(30))
+    assert stretch(cliff, gaussian, np.random.default_rng(0)) is gaussian
 
 
 def state_space(n, seed):
