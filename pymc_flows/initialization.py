@@ -46,6 +46,8 @@ LITTLE_MASS = 10.0
 CHEAP_MAX_DIM = 50
 # relative differences of log densities that may be but their rounding
 ROUNDING = 1e-9
+# draws that a step of settling takes at most: three a dimension, as long as covariances are full
+SETTLING_DRAWS = 3 * FULL_MAX_DIM
 # where a climb is given up
 RUNAWAY = 1e9
 # of Gaussians that settle where the highest climb does not end
@@ -136,18 +138,18 @@ class Gaussian:
         upper = np.linalg.qr((factor @ (vectors * roots)).T, mode="r")
         return Gaussian(loc, upper.T * np.where(np.diagonal(upper) < 0, -1.0, 1.0))
 
-    def stretched(self, values: np.ndarray, vectors: np.ndarray) -> Gaussian:
-        """Go on to variances ``values`` along a few orthonormal ``vectors`` (dim, rank) in z."""
-        more = vectors * (np.sqrt(values) - 1)
+    def stretched(self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> Gaussian:
+        """Go on to mean ``shift`` and variances ``values`` along orthonormal ``vectors`` (dim, rank) in z."""
+        loc, more = self.draws(shift[None])[0], vectors * (np.sqrt(values) - 1)
         if self.factor.ndim == 1:
-            return Gaussian(self.loc, low_rank_factor(self.factor, vectors, more))
+            return Gaussian(loc, low_rank_factor(self.factor, vectors, more))
         scales, left, right = unpacked(self.factor)
         left = np.column_stack([left, vectors + left @ (right.T @ vectors)])
         right = np.column_stack([right, more])
         if left.shape[1] <= MAX_RANK:
-            return Gaussian(self.loc, low_rank_factor(scales, left, right))
+            return Gaussian(loc, low_rank_factor(scales, left, right))
         columns, inner = _of_covariance(left, right, right)
-        return Gaussian(self.loc, _low_rank_root(scales, columns, inner, MAX_RANK))
+        return Gaussian(loc, _low_rank_root(scales, columns, inner, MAX_RANK))
 
 
 @dataclass
@@ -258,14 +260,18 @@ def _stretched(target, gaussian, rng):
     """Correlate what has too many dimensions for a full covariance, as long as the ELBO gains by it."""
     failures = 0
     for _ in range(STRETCHES if gaussian.loc.size > FULL_MAX_DIM else 0):
-        further = stretch(target, gaussian, rng)
-        if further is gaussian:
+        step = newton_step(target, gaussian, rng)
+        if step is None:
             break
-        tried = [gaussian, further, settle(target, further, rng, n_iterations=4)]
+        shift, values, vectors = step
         noise = balanced_noise(rng, 256, gaussian.loc.size)
-        before, *after = [judge(target, g, noise) for g in tried]
-        gaussian = max([before, *after], key=lambda g: g.elbo)
-        failures += not gaussian.elbo > before.elbo + max(0.1, gaussian.elbo_se)
+        gaussian = judge(target, gaussian, noise)
+        steps = [gaussian.stretched(by * shift, values**by, vectors) for by in (1.0, 0.3, 0.1)]
+        tried = [judge(target, further, noise) for further in steps]
+        settled = settle(target, max(tried, key=lambda g: g.elbo), rng, n_iterations=4)
+        best = max([gaussian, *tried, judge(target, settled, noise)], key=lambda g: g.elbo)
+        failures += not best.elbo > gaussian.elbo + max(0.1, best.elbo_se)
+        gaussian = best
         if failures > 1:
             break
     return gaussian
@@ -628,7 +634,7 @@ def settle(
     (Khan & Rue 2023, arXiv:2107.04562, eq. 12).
     """
     dim = gaussian.loc.size
-    n_draws = 64 * int(np.ceil(max(64, 3 * min(dim, FULL_MAX_DIM)) / 64))
+    n_draws = 64 * int(np.ceil(np.clip(3 * dim, 64, SETTLING_DRAWS) / 64))
     if n_iterations is None:  # what will be stretched settles again
         n_iterations = 100 if dim <= FULL_MAX_DIM else 10
     best, waited, damping, grown = gaussian, 0, 1.0, False
@@ -687,19 +693,27 @@ def _newton(noise, score):
     return coefficients[0], values, vectors
 
 
-def stretch(target: Density, gaussian: Gaussian, rng: np.random.Generator) -> Gaussian:
-    """Take a Gaussian a Newton step on, with variances along the directions in which it fits least.
+def newton_step(
+    target: Density, gaussian: Gaussian, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Where a Gaussian's mean would go, and its variances along the directions in which it fits least.
 
     In units of the Gaussian, minus the mean Hessian over its draws, of which only products with
     vectors are taken, by differences of the score, is the identity where it fits. Lanczos
     iterations (Golub & Van Loan 2013, section 10.1) from the mean gradient find its extreme
-    eigenvectors, of both ends at once, and the step, which is that of conjugate gradients.
+    eigenvectors, of both ends at once, and the step of the mean, which is that of conjugate gradients.
+
+    Returns
+    -------
+    shift, values, vectors : ndarray
+        (dim,), (rank,) and (dim, rank), as :meth:`Gaussian.stretched` takes them; None where the Gaussian fits, or
+        where the density is not finite.
     """
     dim = gaussian.loc.size
     noise = balanced_noise(rng, LANCZOS_DRAWS, dim)
     gradient = gaussian.pull(target(gaussian.draws(noise))[1]).mean(axis=0)
     if not np.isfinite(gradient).all():
-        return gaussian
+        return None
     size, basis, images, direction = 1e-3, np.zeros((0, dim)), [], gradient
     for _ in range(min(LANCZOS_STEPS, (dim - 2) // 2)):
         direction = _beside(basis, direction)
@@ -709,21 +723,18 @@ def stretch(target: Density, gaussian: Gaussian, rng: np.random.Generator) -> Ga
         both = np.concatenate([noise + size * direction, noise - size * direction])
         score = gaussian.pull(target(gaussian.draws(both))[1])
         if not np.isfinite(score).all():
-            break
+            return None
         basis = np.vstack([basis, direction])
         images.append((score[len(noise) :] - score[: len(noise)]).mean(axis=0) / (2 * size))
         direction = images[-1]
-    if not images:
-        return gaussian
     products = basis @ np.array(images).T
     values, vectors = np.linalg.eigh((products + products.T) / 2)
     values, vectors = np.clip(values, *CURVATURES), basis.T @ vectors
     if np.abs(values - 1).max() < 0.1 and np.linalg.norm(gradient) < 0.1:
-        return gaussian
+        return None
     shift = vectors @ ((vectors.T @ gradient) / values)
     shift *= min(1.0, 2 * dim**0.5 / max(np.linalg.norm(shift), 1e-300))
-    moved = replace(gaussian, loc=gaussian.draws(shift[None])[0])
-    return moved.stretched(1 / values, vectors)
+    return shift, 1 / values, vectors
 
 
 def _beside(basis, direction):

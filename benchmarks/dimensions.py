@@ -1,0 +1,145 @@
+"""What a start knows of hundreds of dimensions: variances alone, a low rank beside them, or all covariances.
+
+Expected: covariances are worth most where many dimensions share one that data leave open, and all of them are worth
+their gradients up to a thousand dimensions or so. ::
+
+    python benchmarks/dimensions.py --seeds 1 2 3 --output benchmarks/results/dimensions.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pymc as pm
+import pytensor.tensor as pt
+from machine import describe
+
+
+def item_response() -> pm.Model:
+    """400 persons answer a third of 100 questions (Rasch): 501 dimensions."""
+    rng = np.random.default_rng(0)
+    able, hard = rng.normal(size=400), rng.normal(size=100)
+    person, question = np.nonzero(rng.random((400, 100)) < 1 / 3)
+    right = rng.random(person.size) < 1 / (1 + np.exp(-(0.75 + able[person] - hard[question])))
+    with pm.Model() as model:
+        mean = pm.Normal("mean", 0.75, 1)
+        able = pm.Normal("able", shape=400)
+        hard = pm.Normal("hard", shape=100)
+        logit = mean + able[person] - hard[question]
+        pm.Bernoulli("right", logit_p=logit, observed=right.astype(int))
+    return model
+
+
+def groups() -> pm.Model:
+    """1500 groups of eight with a mean each, centred: 1504 dimensions."""
+    rng = np.random.default_rng(0)
+    group, x = np.repeat(np.arange(1500), 8), rng.normal(size=12_000)
+    y = 1 + 0.7 * rng.normal(size=1500)[group] + 0.5 * x + rng.normal(size=12_000)
+    with pm.Model() as model:
+        mu, tau = pm.Normal("mu", 0, 5), pm.HalfNormal("tau", 2)
+        alpha = pm.Normal("alpha", mu, tau, shape=1500)
+        beta, sigma = pm.Normal("beta", 0, 2), pm.HalfNormal("sigma", 2)
+        pm.Normal("y", alpha[group] + beta * x, sigma, observed=y)
+    return model
+
+
+def volatility() -> pm.Model:
+    """1100 days of returns, the logarithm of whose variance walks: 1101 dimensions."""
+    rng = np.random.default_rng(0)
+    returns = np.exp(np.cumsum(0.1 * rng.normal(size=1100)) / 2) * rng.normal(size=1100)
+    with pm.Model() as model:
+        scale = pm.HalfNormal("scale", 0.3)
+        steps = pm.Normal("steps", shape=1100)
+        pm.Normal("returns", 0, pt.exp(scale * pt.cumsum(steps) / 2), observed=returns)
+    return model
+
+
+MODELS = (item_response, groups, volatility)
+# dimensions up to which covariances are full, and rounds in which a low rank is found beyond
+KINDS = {"variances": (300, 0), "low rank": (300, 16), "all covariances": (2000, 0)}
+
+
+def start(make, kind: str, seed: int) -> dict:
+    """One row: the start's ELBO, its draws' effective share and k-hat, what it took."""
+    from arviz_stats.base import array_stats
+
+    from pymc_flows import initialization
+
+    full, rounds = KINDS[kind]
+    began = time.process_time()
+    with (
+        make(),
+        warnings.catch_warnings(),
+        mock.patch.multiple(initialization, FULL_MAX_DIM=full, STRETCHES=rounds),
+    ):
+        warnings.simplefilter("ignore")
+        approx = pm.fit(0, method="flow", random_seed=seed, progressbar=False)
+        cpu = time.process_time() - began
+        stats = approx.sample(4000, random_seed=seed).sample_stats
+    log_weights = (stats["log_p"] - stats["log_q"]).to_numpy().ravel()
+    weights = np.exp(log_weights - log_weights.max())
+    return {
+        "model": make.__name__, "dim": approx.ddim, "start": kind, "seed": seed,
+        "elbo": log_weights.mean(), "error": log_weights.std() / log_weights.size**0.5,
+        "ess": weights.sum() ** 2 / (weights**2).sum() / weights.size,
+        "khat": float(array_stats.psislw(-log_weights)[1]),
+        "gradients": approx.fit_stats["gradient_evaluations"], "cpu": cpu,
+    }  # fmt: skip
+
+
+def spread(values, digits: int) -> str:
+    return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Write the table: a line a model and kind."""
+    seeds = sorted(rows["seed"].unique())
+    head = "model | dimensions | start | ELBO, nats | effective draws | k-hat | gradients | CPU s"
+    lines = [f"| {head} |", "|" + "---|" * 8]
+    for (model, kind), found in rows.groupby(["model", "start"], sort=False):
+        cells = [
+            model.replace("_", " "), found["dim"].iloc[0], kind, spread(found["elbo"], 1),
+            f"{found['ess'].min():.1%} to {found['ess'].max():.1%}", spread(found["khat"], 2),
+            f"{found['gradients'].median() / 1e3:.0f}k", f"{found['cpu'].median():.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    table = "\n".join(lines)
+    return f"""# Starts in hundreds of dimensions
+
+Made by `python benchmarks/dimensions.py --seeds {" ".join(map(str, seeds))}`: the Gaussian that a fit starts from, before
+any flow, mean (least to most) over seeds. What is known of it differs; by default it is all covariances up to 1000
+dimensions, a low rank beyond. Gradients and CPU seconds, compilation included, are medians. The ELBO's Monte
+Carlo error is at most {rows["error"].max():.2f}.
+
+{table}
+
+{describe("jax")}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--models", nargs="+", default=[make.__name__ for make in MODELS])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    chosen = [make for make in MODELS if make.__name__ in options.models]
+    rows = []
+    for make, kind, seed in itertools.product(chosen, KINDS, options.seeds):
+        rows.append(start(make, kind, seed))
+        print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    text = report(pd.DataFrame(rows))
+    print(f"\n{text}")
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
