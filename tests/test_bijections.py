@@ -1036,6 +1036,12 @@ def test_chain_has_an_inverse_only_if_every_layer_has():
             "factor must have shape (2,), (2, 2) or (2, 1 + 2 rank), got (3,)",
         ),
         (lambda: Whitening(2, np.zeros(2), -np.ones(2)), "diagonal must be positive and finite"),
+        (
+            lambda: Whitening(
+                5, np.zeros(5), low_rank_factor(np.ones(5), np.eye(5, 1), -2 * np.eye(5, 1))
+            ),
+            "factor's determinant must be positive and finite, got -1",
+        ),
         (lambda: RationalQuadratic(n_bins=1), "n_bins must be at least 2, got 1"),
         (lambda: RationalQuadratic(bound=0.0), "bound must be positive and finite, got 0.0"),
         (lambda: Permutation(3, (0, 1, 1)), "permutation of range(3), got (0, 1, 1)"),

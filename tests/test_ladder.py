@@ -18,6 +18,7 @@ from scipy import stats
 
 from pymc_flows import NFVI, NormalizingFlow, importance, ladder
 from pymc_flows.bijections import Mixture
+from pymc_flows.bijections.linear import is_low_rank, low_rank_factor
 from pymc_flows.families import affine_map
 from pymc_flows.ladder import MORE_LAYERS
 from pymc_flows.training import Schedule
@@ -494,3 +495,38 @@ def test_means_can_be_tracked_as_the_warning_says(normal):
     with normal:
         pm.fit(2, method="scale-loc", callbacks=[tracker], initialize=False, progressbar=False)
     assert np.shape(tracker["mean"]) == (2, 3)
+
+
+@pytest.mark.slow
+def test_beyond_a_thousand_dimensions_what_all_share_is_seen():
+    """The mean of 1100 effects, each of which is seen once."""
+    y = np.random.default_rng(0).normal(3.0, 5**0.5, size=1100)
+    with pm.Model():
+        mu = pm.Normal("mu", 0, 10)
+        effect = pm.Normal("effect", mu, 1, shape=1100)
+        pm.Normal("y", effect, 2, observed=y)
+        approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+        drawn = approx.sample(4000, random_seed=1)
+    assert is_low_rank(approx.groups[0].factor)
+    assert "affine" in approx.fit_stats["stopped"]
+    precision = 1100 / 5 + 1 / 100
+    mean, sd = y.sum() / 5 / precision, precision**-0.5
+    found = drawn.posterior["mu"].to_numpy()[0]
+    assert abs(found.mean() - mean) < (4 / 4000**0.5 + 0.02) * sd  # 4 standard errors, and its bias
+    assert_allclose(found.std(), sd, rtol=0.05 + 4 / 8000**0.5)
+    exact = stats.multivariate_normal(0, 5.0).logpdf(y - mean).sum()
+    exact += stats.norm(0, 10).logpdf(mean) + 0.5 * np.log(2 * np.pi / precision)
+    assert exact - 0.5 < approx.fit_stats["elbo"] < exact + 0.1
+
+
+def test_a_snapshot_brings_back_a_low_rank_too(python):
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
+    factor = low_rank_factor(np.arange(1.0, 9.0), vectors, 3 * vectors)
+    approx = perturbed(independent(8))
+    (group,) = approx.groups
+    group.place(np.arange(8.0), factor)
+    before, bring_back = densities(approx, 8), group.snapshot()
+    group.place(np.zeros(8), np.ones(8))
+    assert not np.allclose(densities(approx, 8), before)
+    bring_back()
+    assert_allclose(densities(approx, 8), before, rtol=1e-10)

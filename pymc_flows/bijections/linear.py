@@ -91,6 +91,13 @@ class Whitening(Bijection):
         diagonal = self.factor[:, 0] if packed else _diagonal(self.factor)
         if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
             raise ValueError(f"factor's diagonal must be positive and finite, got {diagonal}")
+        if packed:
+            _, left, right = unpacked(self.factor)
+            determinant = np.linalg.det(np.eye(left.shape[1]) + right.T @ left)
+            if not (np.isfinite(determinant) and determinant > 0):
+                raise ValueError(
+                    f"factor's determinant must be positive and finite, got {determinant} of its low rank"
+                )
 
     def _log_det(self, like):
         return pt.zeros_like(like[:, 0]) + np.asarray(log_det_of(self.factor), dtype=like.dtype)
@@ -204,7 +211,7 @@ def norms_of_rows(factor: np.ndarray) -> np.ndarray:
         scales, left, right = unpacked(factor)
         gram = right.T @ right
         more = 2 * (left * right).sum(axis=1) + ((left @ gram) * left).sum(axis=1)
-        return scales * np.sqrt(1 + more)
+        return scales * np.sqrt(np.maximum(1 + more, 0))  # by rounding it may be below
     return np.sqrt((factor**2).sum(axis=1))
 
 
