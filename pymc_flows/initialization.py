@@ -258,7 +258,7 @@ def find_start(
 
 def _stretched(target, gaussian, rng):
     """Correlate what has too many dimensions for a full covariance, as long as the ELBO gains by it."""
-    failures = 0
+    failures, longest = 0, 1.0
     for _ in range(STRETCHES if gaussian.loc.size > FULL_MAX_DIM else 0):
         step = newton_step(target, gaussian, rng)
         if step is None:
@@ -266,13 +266,17 @@ def _stretched(target, gaussian, rng):
         shift, values, vectors = step
         noise = balanced_noise(rng, 256, gaussian.loc.size)
         gaussian = judge(target, gaussian, noise)
-        steps = [gaussian.stretched(by * shift, values**by, vectors) for by in (1.0, 0.3, 0.1)]
-        tried = [judge(target, further, noise) for further in steps]
-        settled = settle(target, max(tried, key=lambda g: g.elbo), rng, n_iterations=4)
-        best = max([gaussian, *tried, judge(target, settled, noise)], key=lambda g: g.elbo)
-        failures += not best.elbo > gaussian.elbo + max(0.1, best.elbo_se)
-        gaussian = best
-        if failures > 1:
+        lengths = [longest, 0.3 * longest, 0.1 * longest]
+        steps = [gaussian.stretched(by * shift, values**by, vectors) for by in lengths]
+        tried = [gaussian, *(judge(target, further, noise) for further in steps)]
+        stretched = max(tried, key=lambda g: g.elbo)
+        # a mean Hessian is that of all draws: where they spread, it may lead too far
+        longest = 0.1 * longest if stretched is gaussian else min(1.0, 3 * longest)
+        settled = judge(target, settle(target, stretched, rng, n_iterations=4), noise)
+        best = max(stretched, settled, key=lambda g: g.elbo)
+        gained = best.elbo > gaussian.elbo + max(0.1, best.elbo_se)
+        gaussian, failures = best, 0 if gained else failures + 1
+        if failures > 2:  # in a row: one step may be lost to its draws
             break
     return gaussian
 
