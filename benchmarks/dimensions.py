@@ -118,7 +118,7 @@ def report(rows: pd.DataFrame) -> str:
 
 Made by `python benchmarks/dimensions.py --seeds {" ".join(map(str, seeds))}`: the Gaussian that a fit starts from, before
 any flow, mean (least to most) over seeds. What is known of it differs; by default it is all covariances up to 1000
-dimensions, a low rank beyond. Gradients and CPU seconds, compilation included, are medians. The ELBO's Monte
+dimensions, a low rank beyond. Variances are those from which the low rank is sought. Gradients and CPU seconds, compilation included, are medians. The ELBO's Monte
 Carlo error is at most {rows["error"].max():.2f}.
 
 {table}

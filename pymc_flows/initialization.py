@@ -48,6 +48,8 @@ CHEAP_MAX_DIM = 50
 ROUNDING = 1e-9
 # draws that a step of settling takes at most: three a dimension, as long as covariances are full
 SETTLING_DRAWS = 3 * FULL_MAX_DIM
+# steps of settling, and of what will be stretched, and settles again
+SETTLING_STEPS, FIRST_STEPS, BETWEEN_STEPS = 100, 10, 4
 # where a climb is given up
 RUNAWAY = 1e9
 # of Gaussians that settle where the highest climb does not end
@@ -272,7 +274,7 @@ def _stretched(target, gaussian, rng):
         stretched = max(tried, key=lambda g: g.elbo)
         # a mean Hessian is that of all draws: where they spread, it may lead too far
         longest = 0.1 * longest if stretched is gaussian else min(1.0, 3 * longest)
-        settled = judge(target, settle(target, stretched, rng, n_iterations=4), noise)
+        settled = judge(target, settle(target, stretched, rng, BETWEEN_STEPS), noise)
         best = max(stretched, settled, key=lambda g: g.elbo)
         gained = best.elbo > gaussian.elbo + max(0.1, best.elbo_se)
         gaussian, failures = best, 0 if gained else failures + 1
@@ -639,8 +641,8 @@ def settle(
     """
     dim = gaussian.loc.size
     n_draws = 64 * int(np.ceil(np.clip(3 * dim, 64, SETTLING_DRAWS) / 64))
-    if n_iterations is None:  # what will be stretched settles again
-        n_iterations = 100 if dim <= FULL_MAX_DIM else 10
+    if n_iterations is None:
+        n_iterations = SETTLING_STEPS if dim <= FULL_MAX_DIM else FIRST_STEPS
     best, waited, damping, grown = gaussian, 0, 1.0, False
     for _ in range(n_iterations):
         noise = balanced_noise(rng, n_draws, dim)
