@@ -144,20 +144,16 @@ def digits():
     )
 
 
-def digits_model(whole: bool = False) -> pm.Model:
-    """One hidden layer of tanh units, on minibatches or on all the data."""
+def digits_model() -> pm.Model:
+    """One hidden layer of tanh units, on minibatches."""
     (images, labels), _, _ = digits()
     # a batch of longer integers would be cast, and what is cast PyMC does not take for data
-    batch, answers = images, labels.astype("int32")
-    if not whole:
-        batch, answers = pm.Minibatch(batch, answers, batch_size=BATCH)
+    batch, answers = pm.Minibatch(images, labels.astype("int32"), batch_size=BATCH)
     with pm.Model() as model:
         first = pm.Normal("first", 0, images.shape[1] ** -0.5 * 2, shape=(images.shape[1], HIDDEN))
         last = pm.Normal("last", 0, HIDDEN**-0.5 * 4, shape=(HIDDEN, len(KNOWN)))
         logits = pt.tanh(batch @ first) @ last
-        pm.Categorical(
-            "label", logit_p=logits, observed=answers, total_size=None if whole else len(labels)
-        )
+        pm.Categorical("label", logit_p=logits, observed=answers, total_size=len(labels))
     return model
 
 
@@ -260,9 +256,7 @@ def classifiers(seeds: int) -> pd.DataFrame:
     for seed in range(1, seeds + 1):
         for method in METHODS:
             approx, step = fit(digits_model(), method, seed, DIGITS)
-            # the model of minibatches has their size in its shapes
-            with digits_model(whole=True):
-                posterior = approx.sample(300, random_seed=seed).posterior
+            posterior = approx.sample(300, random_seed=seed).posterior
             row = judged(method, seed, lambda x, p=posterior: probabilities(p, x))
             rows.append(row | {"ms a step": step})
         nets = networks(seed, 5)

@@ -14,7 +14,6 @@ import pytensor.tensor as pt
 from pymc.backends.base import MultiTrace
 from pymc.backends.ndarray import NDArray
 from pymc.initial_point import make_initial_point_fn
-from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.pytensorf import floatX, replace_vars_in_graphs
 from pymc.util import (
     _get_seeds_per_chain,
@@ -63,14 +62,8 @@ from pymc_flows.families import (
     conditioned,
     nearest,
 )
-from pymc_flows.log_density import (
-    batch,
-    has_minibatch,
-    is_minibatched,
-    log_density,
-    minibatch_scale,
-    value_slices,
-)
+from pymc_flows.log_density import batch, log_density, value_slices
+from pymc_flows.minibatch import is_minibatched, minibatch_scale, whole_model
 from pymc_flows.noncentering import Noncentering, find_noncentering
 from pymc_flows.warning import warn_user
 
@@ -747,6 +740,7 @@ class FlowApproximation(Approximation):
             raise ValueError(f"draws must be at least 1, got {draws}")
         model = pm.Model.get_context(error_if_none=False) or self.model
         values, log_p, log_q = self._draw(draws, random_seed, model)
+        *_, model = self._draw_function(model)
         trace = NDArray(
             model=model,
             fn=model.unobserved_value_vars,  # nothing to compile: the values are there already
@@ -782,7 +776,7 @@ class FlowApproximation(Approximation):
             random_seed = self.rng.randint(2**30, dtype=np.int64)
         (seed,) = _get_seeds_per_chain(random_seed, 1)
         streams = self._noise_streams(seed)
-        _, chunk = self._draw_function(model)
+        _, chunk, _ = self._draw_function(model)
         chunks = (
             [
                 floatX(stream.standard_normal((chunk, noise_dim(group))))
@@ -794,13 +788,13 @@ class FlowApproximation(Approximation):
 
     def _made_of(self, chunks, draws, model):
         """What draws are made of chunks of noise, of which there may be more than draws."""
-        function, _ = self._draw_function(model)
+        function, _, whole = self._draw_function(model)
         parts, left = [], draws
         for noise in chunks:
             parts.append([np.asarray(p)[:left] for p in function(*noise)])
             left -= len(parts[-1][-1])
         *values, log_p, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
-        names = [v.name for v in model.unobserved_value_vars]
+        names = [v.name for v in whole.unobserved_value_vars]
         return dict(zip(names, values, strict=True)), log_p, log_q
 
     def noise_of(self, draws: int, random_seed: int) -> list[np.ndarray]:
@@ -815,7 +809,7 @@ class FlowApproximation(Approximation):
         self, noise: Sequence[np.ndarray]
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Values by name of all unobserved variables, log p and log q, each (draws, ...), of noise."""
-        _, chunk = self._draw_function(self.model)
+        _, chunk, _ = self._draw_function(self.model)
         draws = len(noise[0])
         whole = -(-draws // chunk) * chunk
         padded = [np.resize(z, (whole, z.shape[1])) for z in noise]
@@ -829,19 +823,21 @@ class FlowApproximation(Approximation):
         ]
 
     def _draw_function(self, model):
-        """Noise of each group to values, log p and log q, compiled, for chunks of draws.
+        """Noise of each group to values, log p and log q, compiled, for chunks of so many draws.
+
+        Beside them the model on all of its data, whose values they are.
 
         The flow and the model are two functions, so that a model that JAX can't compile does not
         take the flow with it.
         """
         if model not in self._functions:
-            # a minibatch's log density would change from draw to draw
-            whole = remove_minibatched_nodes(model) if has_minibatch(model) else model
+            # a minibatch's log density, and what else depends on it, would change from draw to draw
+            whole = whole_model(model)
             n_data = sum(np.size(d) for d in self._data_sizes(whole))
             chunk = int(np.clip(CHUNK_ELEMENTS // (n_data + self.ddim), 1, CHUNK_DRAWS))
             flow = self.flow_function(chunk)
             x = pt.matrix("x", shape=(chunk, self.ddim))
-            values = batch(model.unobserved_value_vars, model, value_slices(self, x))
+            values = batch(whole.unobserved_value_vars, whole, value_slices(self, x))
             outputs = [*values, sum(log_density(self, x, model=whole))]
             zeros = np.zeros(x.type.shape, dtype=x.dtype)
             evaluate = compile_function(
@@ -852,7 +848,7 @@ class FlowApproximation(Approximation):
                 x, log_q = map(np.asarray, flow(*noise))
                 return [*evaluate(x), log_q]
 
-            self._functions[model] = function, chunk
+            self._functions[model] = function, chunk, whole
         return self._functions[model]
 
     def flow_function(self, n_draws):

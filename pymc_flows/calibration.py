@@ -27,7 +27,7 @@ from xarray import DataTree
 from pymc_flows.approximation import with_density
 from pymc_flows.compare import Scalars
 from pymc_flows.importance import smooth
-from pymc_flows.log_density import is_of_minibatch
+from pymc_flows.minibatch import is_of_minibatch
 from pymc_flows.registration import fit as fit_model
 from pymc_flows.warning import warn_user
 

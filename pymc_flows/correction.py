@@ -10,14 +10,14 @@ import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
 import xarray as xr
-from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.variational.opvi import Approximation
 from pytensor.graph.replace import graph_replace
 from xarray import DataTree
 
 from pymc_flows.approximation import base_dim, is_normal, with_density
 from pymc_flows.importance import khat_threshold, smooth
-from pymc_flows.log_density import has_minibatch, value_slices
+from pymc_flows.log_density import value_slices
+from pymc_flows.minibatch import whole_model
 from pymc_flows.warning import warn_user
 
 # what ArviZ asks of R-hat, and of the effective draws of each chain
@@ -266,7 +266,7 @@ def neutra_model(approx: Approximation) -> pm.Model:
         flow has another base, the variable is flat, and a potential ``log_base`` is its density.
     """
     approx = with_density(approx)
-    model = remove_minibatched_nodes(approx.model) if has_minibatch(approx.model) else approx.model
+    model = whole_model(approx.model)
     zs = [pt.matrix(shape=(1, base_dim(group))) for group in approx.groups]
     x, log_q, log_base = approx.map_base(zs)
     frozen = {p: pt.constant(p.get_value(), dtype=p.dtype) for p in approx.params}

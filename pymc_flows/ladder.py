@@ -43,7 +43,8 @@ from pymc_flows.initialization import (
     gaussian_of,
 )
 from pymc_flows.local_reparameterization import LocalDraws
-from pymc_flows.log_density import has_large_matrices, has_minibatch
+from pymc_flows.log_density import has_large_matrices
+from pymc_flows.minibatch import has_minibatch
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import Pulled, Target, build_objective, find_local_draws, undo
 from pymc_flows.training import Judgement, Run, Schedule, Step, explain_failure, settle, train

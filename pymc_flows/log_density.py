@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
-from pymc.data import MinibatchOp
 from pymc.logprob.utils import (
     local_check_parameter_to_ninf_switch,
     local_remove_check_parameter,
 )
 from pymc.model import Model
 from pymc.pytensorf import constant_fold
-from pymc.variational.minibatch_rv import MinibatchRandomVariable, get_scaling
 from pymc.variational.opvi import Approximation
 from pytensor.conditional.op import IfElse
 from pytensor.graph.basic import Variable
@@ -29,6 +27,7 @@ from pytensor.tensor.rewriting.subtensor import bool_idx_to_nonzero
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.local_reparameterization import LocalDraws
+from pymc_flows.minibatch import has_minibatch
 from pymc_flows.warning import warn_user
 
 # elements of a draw's matrix, of which 64 together no longer fit into a cache
@@ -279,32 +278,3 @@ def _fit_for_batches(graphs, check_bounds):
     fgraph = FunctionGraph(outputs=list(graphs), clone=True, copy_inputs=False)
     in2out(checks, bool_idx_to_nonzero).rewrite(fgraph)
     return list(fgraph.outputs)
-
-
-def has_minibatch(model: Model) -> bool:
-    """Whether the log density is that of a minibatch, scaled up or not."""
-    return any(is_of_minibatch(rv, model) for rv in model.basic_RVs) or is_minibatched(
-        model.potentials
-    )
-
-
-def is_of_minibatch(rv: TensorVariable, model: Model) -> bool:
-    """Whether a variable's log density is that of a minibatch, scaled up or not."""
-    scaled = rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable)
-    return scaled or is_minibatched([rv, model.rvs_to_values[rv]])
-
-
-def minibatch_scale(rv) -> float:
-    """By how much a variable's log density is scaled up."""
-    if rv.owner is None or not isinstance(rv.owner.op, MinibatchRandomVariable):
-        return 1.0
-    inner, *total_size = rv.owner.inputs
-    return float(get_scaling(total_size, inner.shape).eval(mode="FAST_COMPILE"))
-
-
-def is_minibatched(graphs) -> bool:
-    """Whether any graph draws a ``pm.Minibatch``."""
-    return any(
-        variable.owner is not None and isinstance(variable.owner.op, MinibatchOp)
-        for variable in ancestors(graphs)
-    )

@@ -19,7 +19,8 @@ from pymc_flows.approximation import FlowApproximation, carries_score
 from pymc_flows.bijections import Bijection, Params, flatten
 from pymc_flows.compilation import compile_function, prefers_jax, runs_on_jax
 from pymc_flows.local_reparameterization import LocalDraws, local_draws
-from pymc_flows.log_density import log_density, minibatch_scale
+from pymc_flows.log_density import log_density
+from pymc_flows.minibatch import minibatch_scale
 
 GRADIENTS = ("stl", "reparameterization", "dreg")
 

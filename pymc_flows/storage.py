@@ -26,7 +26,7 @@ from pytensor.tensor.shape import SpecifyShape
 from pymc_flows import bijections
 from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow, with_density
 from pymc_flows.families import nearest
-from pymc_flows.log_density import is_minibatched
+from pymc_flows.minibatch import is_minibatched
 from pymc_flows.multiplicative import MNF, MNFGroup
 from pymc_flows.warning import warn_user
 

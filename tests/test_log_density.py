@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.sparse import csr_matrix
 
 from pymc_flows import FlowApproximation
-from pymc_flows.log_density import batch, has_minibatch, log_density, value_slices
+from pymc_flows.log_density import batch, log_density, value_slices
 
 
 def approximation_of(model, *order):
@@ -144,16 +144,6 @@ def test_check_bounds_false_leaves_the_checks_out(python):
     value = found.eval(mode=python)
     assert_allclose(value[0], np.log(2) - 2)
     assert value[1] != -np.inf
-
-
-def test_has_minibatch():
-    with pm.Model() as model:
-        mu = pm.Normal("mu")
-        pm.Normal("y", mu, observed=np.zeros(3))
-    assert not has_minibatch(model)
-    with model:
-        pm.Normal("z", mu, observed=pm.Minibatch(np.zeros(30), batch_size=3), total_size=30)
-    assert has_minibatch(model)
 
 
 def looping():
