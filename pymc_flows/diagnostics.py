@@ -328,7 +328,9 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
     """The verdict, its reasons, and what to do next."""
     reasons, advice = [], []
     if numbers["modes_missed"]:
-        reasons.append(f"the fit leaves out {numbers['modes_missed']} modes that the search found")
+        n_missed = numbers["modes_missed"]
+        missed = f"{n_missed} mode" if n_missed == 1 else f"{n_missed} modes"
+        reasons.append(f"the fit leaves out {missed} that the search found")
         advice.append("fit with base='mixture', or n_restarts=4, or annealing=2000, or use NUTS")
     if numbers["restarts_agree"] is False:
         reasons.append("fits from other starts ended elsewhere")

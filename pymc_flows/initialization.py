@@ -243,7 +243,7 @@ def find_start(
     if len(modes) > 1 or elsewhere:
         # a spike is none: what counts is the mass about it
         noise = balanced_noise(rng, 64, initial.size)
-        local = [judge(target, about(target, mode, gaussian), noise) for mode in modes]
+        local = [about(target, mode, gaussian, noise) for mode in modes]
         enough = max(g.elbo for g in [*local, gaussian]) - LITTLE_MASS
         kept = [g.elbo > enough for g in local]
         modes, local = modes[kept], [g for g, keep in zip(local, kept, strict=True) if keep]
@@ -339,10 +339,14 @@ def _apart(points, log_p, gaussian):
     return np.array(found)
 
 
-def about(target: Density, mode: np.ndarray, like: Gaussian) -> Gaussian:
-    """Gaussian at a mode, with its own curvature where the dimension allows."""
+def about(target: Density, mode: np.ndarray, like: Gaussian, noise: np.ndarray) -> Gaussian:
+    """Gaussian at a mode: with its own curvature, where the dimension allows, or as another is.
+
+    The higher ELBO says which: a mode may be flat, or a spike on a hill.
+    """
     there = replace(like, loc=mode)
-    return polish(target, there) if mode.size <= FULL_MAX_DIM else there
+    tried = [there, polish(target, there)] if mode.size <= FULL_MAX_DIM else [there]
+    return max((judge(target, g, noise) for g in tried), key=lambda g: g.elbo)
 
 
 def _best(target, gaussians, rng, doubt=1.0):

@@ -589,13 +589,15 @@ class Ladder:
         noise = balanced_noise(np.random.default_rng(0), 256, self.approx.ddim)
         try:
             for mode in self._modes:
-                local = about(target, mode, self._spread(judgement))
-                x = local.draws(noise)
+                local = about(target, mode, self._spread(judgement), noise)
+                x = np.concatenate([mode[None], local.draws(noise)])
                 log_p = target(x)[0] - judgement.log_evidence
                 left_out = np.isfinite(log_p) & (log_p - self._log_density(x) > 2)
                 # a share beyond all bounds is missed as much as one of the whole
-                share = np.exp(np.minimum(log_p - local.log_density(noise), 100.0))
-                missed += bool(share[left_out].sum() / noise.shape[0] > 0.02)
+                share = np.exp(np.minimum(log_p[1:] - local.log_density(noise), 100.0))
+                lost = share[left_out[1:]].sum() / noise.shape[0]
+                # what is lost about a mode that the fit has is its edges
+                missed += bool(left_out[0] and lost > 0.02)
         except NotImplementedInference:
             warn_user(
                 f"the search for a start ended in {len(self._modes)} places apart from each other: "

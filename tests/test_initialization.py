@@ -161,6 +161,27 @@ def test_two_modes_are_noticed():
     assert_allclose(np.sort(start.modes.ravel()), [-1.5, 1.5], atol=1e-3)
 
 
+def broken_ring(x):
+    """First energy of Rezende & Mohamed 2015: two modes, each flat along a ring to second order; its score."""
+    radius = np.hypot(*x.T)
+    logs = np.stack([-0.5 * ((x[:, 0] - m) / 0.6) ** 2 for m in (-2, 2)])
+    total = np.logaddexp(*logs)
+    pulls = [-(x[:, 0] - m) / 0.6**2 for m in (-2, 2)]
+    across = (np.exp(logs - total) * pulls).sum(axis=0)
+    score = (-(radius - 2) / 0.4**2 / radius)[:, None] * x
+    return total - 0.5 * ((radius - 2) / 0.4) ** 2, score + np.stack([across, 0 * across], axis=1)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_modes_without_curvature_have_mass(seed):
+    start = find_start(broken_ring, np.full(2, 1e-3), np.random.default_rng(seed))
+    assert len(start.modes) == 2
+    assert_allclose(np.sort(start.modes[:, 0]), [-2, 2], atol=0.01)
+    # the mass of both, by quadrature, is 1.88 nats
+    assert all(0.5 < local.elbo < 1.2 for local in start.local)
+    assert abs(start.gaussian.loc[0]) < 0.1
+
+
 def two_far_apart(x):
     """Thrice as much about 3.6 as about -3.6, where a first step may jump to; and its score."""
     places, shares = (-3.6, 3.6), (0.25, 0.75)

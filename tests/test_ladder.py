@@ -182,6 +182,26 @@ def test_modes_that_are_covered_are_no_reason_for_a_warning():
     assert abs((draws > 0).mean() - 0.5) < 0.05
 
 
+@pytest.mark.slow
+def test_edges_of_modes_that_are_covered_are_no_modes():
+    """Both halves of a broken ring, the first energy of Rezende & Mohamed 2015."""
+    with pm.Model():
+        x = pm.Flat("x", shape=2)
+        radius = pt.sqrt((x**2).sum())
+        halves = pt.logaddexp(*(-0.5 * ((x[0] - m) / 0.6) ** 2 for m in (-2, 2)))
+        pm.Potential("energy", halves - 0.5 * ((radius - 2) / 0.4) ** 2)
+        with pytest.warns(UserWarning, match="uneven") as warned:
+            approx = pm.fit(method="flow", random_seed=1, progressbar=False)
+    assert not any("misses" in str(w.message) for w in warned)
+    assert approx.fit_stats["modes"] == 2
+    assert approx.fit_stats["modes_missed"] == 0
+    drawn = approx.sample(4000, random_seed=1)
+    assert abs(float((drawn.posterior["x"][..., 0] > 0).mean()) - 0.5) < 0.1
+    # the log evidence, by quadrature, is 1.8775; of one half alone 0.69 less
+    log_weights = drawn.sample_stats["log_p"] - drawn.sample_stats["log_q"]
+    assert log_weights.mean() > 1.8775 - 0.2
+
+
 def test_restarts_that_agree_say_so(normal, python):
     with normal:
         inference = NFVI("realnvp", **SMALL)
