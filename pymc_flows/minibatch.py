@@ -83,7 +83,9 @@ def whole_model(model: Model) -> Model:
     whole = FunctionGraph(outputs=[replaced.get(o, o) for o in fgraph.outputs], clone=False)
     # as PyMC hands them on
     whole._coords, whole._dim_lengths = fgraph._coords, fgraph._dim_lengths  # type: ignore[attr-defined]
-    return model_from_fgraph(whole, mutate_fgraph=True)
+    made = model_from_fgraph(whole, mutate_fgraph=True)
+    made.check_bounds = model.check_bounds
+    return made
 
 
 def _made_of(node: Apply, inputs: list[Variable]) -> list[Variable]:
@@ -104,7 +106,7 @@ def _made_of(node: Apply, inputs: list[Variable]) -> list[Variable]:
                     "the model on all of its data, on which log_p rests, can't be made from this one: "
                     f"{type(node.op).__name__} keeps its minibatches' size, shape {old.type.shape} "
                     f"where all data have {new.type.shape}. Build the model once more on all data, "
-                    "without pm.Minibatch, and do this in its context: with whole: approx.sample()"
+                    "without pm.Minibatch, and draw in its context: with whole: approx.sample()"
                 )
     return node.clone_with_new_inputs(inputs, strict=False).outputs
 

@@ -103,6 +103,13 @@ def test_another_total_size_scales_the_whole_too(python):
     assert_allclose(likelihoods[1], 2 * likelihoods[0], rtol=1e-12)
 
 
+def test_checks_stay_left_out():
+    model = regression(*LIKELIHOODS["pairs"], minibatch=True)
+    assert whole_model(model).check_bounds
+    model.check_bounds = False
+    assert not whole_model(model).check_bounds
+
+
 def test_a_model_without_minibatches_is_itself():
     model = regression(*LIKELIHOODS["softmax"])
     assert whole_model(model) is model
