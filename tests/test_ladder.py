@@ -97,7 +97,7 @@ def test_uneven_weights_make_the_flow_and_its_draws_grow():
         pm.Potential("ring", -0.5 * ((radius - 3) / 0.15) ** 2 - pt.log(radius))
         inference = NFVI("flow", random_seed=1)
         with pytest.warns(UserWarning, match=r"uneven|misses"):
-            approx = inference.fit(1500, progressbar=False)
+            approx = inference.fit(3000, progressbar=False)
     layers = approx.groups[0].layers.layers
     assert len(layers) == 6 + MORE_LAYERS
     assert inference._ladder.step.n_draws == 512
