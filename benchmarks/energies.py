@@ -208,7 +208,7 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
     return pd.DataFrame(rows).astype({"kl": float, "error": float, "seconds": float})
 
 
-def picture(results: pd.DataFrame, flows: dict, path: Path, n_columns: int = 9) -> None:
+def picture(results: pd.DataFrame, flows: dict, path: Path, n_columns: int = 10) -> None:
     """Draw the densities of the first seed's fits, and the energies': a column each, in blocks."""
     import matplotlib.pyplot as plt
 
