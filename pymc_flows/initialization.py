@@ -29,7 +29,7 @@ Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # up to which covariances are full, and up to which even what takes long with them is done
 FULL_MAX_DIM, WRITTEN_MAX_DIM = 1000, 300
 # beyond, directions in which variances are stretched in a round, draws that say how far, and rounds
-LANCZOS_STEPS, LANCZOS_DRAWS, STRETCHES, MAX_RANK = 24, 32, 16, 64
+LANCZOS_STEPS, LANCZOS_DRAWS, STRETCHES, MAX_RANK = 24, 32, 40, 64
 # and by which squared scales change in one of them at most
 CURVATURES = (1e-2, 1e4)
 N_CLIMBERS = 8
@@ -270,7 +270,9 @@ def _stretched(target, gaussian, rng):
         gaussian = judge(target, gaussian, noise)
         lengths = [longest, 0.3 * longest, 0.1 * longest]
         steps = [gaussian.stretched(by * shift, values**by, vectors) for by in lengths]
-        tried = [gaussian, *(judge(target, further, noise) for further in steps)]
+        # where rare draws far out make the ELBO, no step along its slopes leads back
+        narrower = replace(gaussian, factor=divided(gaussian.factor, np.full(shift.size, 1.5)))
+        tried = [gaussian, *(judge(target, further, noise) for further in [*steps, narrower])]
         stretched = max(tried, key=lambda g: g.elbo)
         # a mean Hessian is that of all draws: where they spread, it may lead too far
         longest = 0.1 * longest if stretched is gaussian else min(1.0, 3 * longest)
@@ -739,7 +741,8 @@ def newton_step(
         direction = images[-1]
     products = basis @ np.array(images).T
     values, vectors = np.linalg.eigh((products + products.T) / 2)
-    values, vectors = np.clip(values, *CURVATURES), basis.T @ vectors
+    # as far along what curves upwards as if it curved downwards (Dauphin et al. 2014, arXiv:1406.2572)
+    values, vectors = np.clip(np.abs(values), *CURVATURES), basis.T @ vectors
     if np.abs(values - 1).max() < 0.1 and np.linalg.norm(gradient) < 0.1:
         return None
     shift = vectors @ ((vectors.T @ gradient) / values)

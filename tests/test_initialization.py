@@ -357,6 +357,21 @@ def test_where_few_directions_matter_one_step_is_enough(away):
     assert newton_step(target, found, rng) is None
 
 
+def test_what_curves_upwards_is_taken_no_further_than_if_it_curved_downwards():
+    """Curvatures of -4 and of 9 in two of 40 directions, 1 in all others, and a slope along each."""
+    signs, slopes = np.ones(40), np.zeros(40)
+    signs[[3, 7]], slopes[[3, 7]] = (-4, 9), (2, 3)
+
+    def saddle(x):
+        return (slopes * x - signs * x**2 / 2).sum(axis=1), slopes - signs * x
+
+    flat = Gaussian(np.zeros(40), np.ones(40))
+    shift, variances, vectors = newton_step(saddle, flat, np.random.default_rng(0))
+    assert_allclose(shift[[3, 7]], (2 / 4, 3 / 9), atol=1e-3)
+    along = (vectors**2 * variances[None]).sum(axis=1)
+    assert_allclose(along[[3, 7]], (1 / 4, 1 / 9), rtol=1e-3)
+
+
 def test_beyond_full_covariances_a_low_rank_is_found(monkeypatch):
     for name in ("FULL_MAX_DIM", "WRITTEN_MAX_DIM"):
         monkeypatch.setattr(initialization, name, 100)
