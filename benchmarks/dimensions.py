@@ -66,7 +66,7 @@ def volatility() -> pm.Model:
 
 MODELS = (item_response, groups, volatility)
 # dimensions up to which covariances are full, and rounds in which a low rank is found beyond
-KINDS = {"variances": (300, 0), "low rank": (300, 16), "all covariances": (1000, 0)}
+KINDS = {"variances": (300, 0), "low rank": (300, 40), "all covariances": (1000, 0)}
 
 
 def start(make, kind: str, seed: int) -> dict:
