@@ -66,7 +66,11 @@ def volatility() -> pm.Model:
 
 MODELS = (item_response, groups, volatility)
 # dimensions up to which covariances are full, and rounds in which a low rank is found beyond
-KINDS = {"variances": (300, 0), "low rank": (300, 40), "all covariances": (1000, 0)}
+KINDS = {
+    "variances": {"FULL_MAX_DIM": 300, "STRETCHES": 0},
+    "low rank": {"FULL_MAX_DIM": 300},
+    "all covariances": {"FULL_MAX_DIM": 1000},
+}
 
 
 def start(make, kind: str, seed: int) -> dict:
@@ -75,12 +79,11 @@ def start(make, kind: str, seed: int) -> dict:
 
     from pymc_flows import initialization
 
-    full, rounds = KINDS[kind]
     began = time.process_time()
     with (
         make(),
         warnings.catch_warnings(),
-        mock.patch.multiple(initialization, FULL_MAX_DIM=full, STRETCHES=rounds),
+        mock.patch.multiple(initialization, **KINDS[kind]),
     ):
         warnings.simplefilter("ignore")
         approx = pm.fit(0, method="flow", random_seed=seed, progressbar=False)

@@ -34,11 +34,11 @@ TOY = {"n": 6000, "obj_n_mc": 16, "patience": 0}
 KNOWN, UNKNOWN = range(8), (8, 9)
 HIDDEN, BATCH, TRAINED = 50, 100, 1000
 DIGITS = {"n": 8000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000}
-METHODS = ("mnf", "mean field")
-# On the digits also with products drawn anew for each row of the data, in place of one matrix for all.
+# The toy's; a flow of each matrix can do more than multipliers of its rows.
+MATRICES, TOGETHER = "realnvp, a flow a matrix", "flow of all weights"
+METHODS = {"mnf": "mnf", "mean field": "mean field", MATRICES: "realnvp", TOGETHER: "flow"}
+# Of the digits': products drawn anew for each row of the data, in place of one matrix for all.
 LOCAL = "mnf, local draws"
-# On the toy also a flow of each matrix, which can do more than its multipliers, and one of all weights.
-BESIDE = {"realnvp, a flow a matrix": "realnvp", "flow of all weights": "flow"}
 
 
 def toy_data(seed: int = 0):
@@ -120,7 +120,7 @@ def toy(seeds: int, draws: int) -> pd.DataFrame:
     truth = toy_log_sd(posterior)
     halves = [toy_log_sd(posterior.isel(chain=c)) for c in range(4)]
     rows = [{"method": "NUTS, one chain against all", "seed": c + 1, "error": rms(half - truth)} for c, half in enumerate(halves)]  # fmt: skip
-    for label, method in {**{name: name for name in METHODS}, **BESIDE}.items():
+    for label, method in METHODS.items():
         for seed in range(1, seeds + 1):
             approx, _ = fit(model, method, seed, TOY)
             found = approx.sample(4000, random_seed=seed)
@@ -298,7 +298,6 @@ def report(regression: pd.DataFrame, classification: pd.DataFrame) -> str:
     import machine
 
     error = regression.groupby("method")["error"].mean()
-    matrices, together = BESIDE
     nll = classification.pivot(index="seed", columns="method", values="nll")
     gain = nll["mean field"] - nll["mnf"]
     step = classification.groupby("method")["ms a step"].mean()
@@ -318,8 +317,8 @@ def report(regression: pd.DataFrame, classification: pd.DataFrame) -> str:
             "",
             f"The error of mnf is {1 - error['mnf'] / error['mean field']:.0%} lower than mean field's, that of "
             "a flow of each matrix, which can do more than multipliers of its rows, "
-            f"{1 - error[matrices] / error['mean field']:.0%}, and that of a flow of all weights together "
-            f"{1 - error[together] / error['mean field']:.0%}.",
+            f"{1 - error[MATRICES] / error['mean field']:.0%}, and that of a flow of all weights together "
+            f"{1 - error[TOGETHER] / error['mean field']:.0%}.",
             "",
             "## Digits",
             "",
