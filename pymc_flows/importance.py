@@ -142,8 +142,12 @@ class Weighing:
         """Whether the weights give no reason to go on fitting."""
         if self.ess < TOO_FEW or not self.same_shape:
             return False
-        moved = self.clear_shift > SMALL_SHIFT or self.clear_change > SMALL_CHANGE
-        return self.ess >= EVEN or not moved
+        return self.ess >= EVEN or self.unmoved
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the weights leave means and variances where they are."""
+        return self.clear_shift <= SMALL_SHIFT and self.clear_change <= SMALL_CHANGE
 
 
 def weigh(log_weights: np.ndarray, z: np.ndarray) -> Weighing:

@@ -57,7 +57,7 @@ BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
 # and those that say, while a fit trains, whether weighing more of them is worth it
-GLANCE_DRAWS = 256
+GLANCE_DRAWS, NOISE_OF_A_GLANCE = 256, 0.05
 # few draws seldom hold the heaviest: what is hopeless may look this good
 HOPELESS_AT_A_GLANCE = 0.6
 # draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about a
@@ -65,10 +65,13 @@ HOPELESS_AT_A_GLANCE = 0.6
 FEW_DRAWS, LITTLE_WORK = 128, 50_000
 # effective share of draws below which more are weighed, for one heavy draw can decide it
 DOUBTFUL = 0.9
-# effective share of draws with which a fit may end before its loss stops falling
-ENOUGH = 0.95
+# effective share of draws with which a fit may end before its loss stops falling: in few dimensions, in
+# any, and what each of more may take off its logarithm
+ENOUGH, LEAST_ENOUGH, LOSS_A_DIMENSION = 0.95, 0.8, 0.004
 # and with which it is not worth polishing what will grow
 HOPELESS = 0.4
+# draws of steps after which a fit whose rate was cut is weighed again
+WEIGH_AFTER = 4 * WEIGHED_DRAWS
 # what a fit goes on with where the weights of what it reached are uneven
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
 # standard deviation, unconstrained, from which on a search is taken to have found no end
@@ -139,7 +142,8 @@ class Ladder:
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
-        self._even_elbo: float | None = None
+        self._judged: Judgement | None = None
+        self._n_cuts_seen = self._weighed_at = 0
         self._growth_ahead = False
         self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
@@ -191,7 +195,7 @@ class Ladder:
 
     def _finish(self, n_left: int) -> None:
         """Go on with a larger flow and more draws where weights are uneven; warn if they stay so."""
-        settings, judgement = self.settings, self.judge()
+        settings, judgement = self.settings, self._judged or self.judge()
         over = self.start is None or self.interrupted or self.called_off or n_left < LEAST_STEPS
         if settings.may_grow and not over and not judgement.weighing.even:
             for group in self._flows:
@@ -201,7 +205,7 @@ class Ladder:
             self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
             self._train(step, Schedule(settings.rate, n_left, window=settings.patience), n_left)
-            judgement = self.judge()
+            judgement = self._judged or self.judge()
         if not judgement.weighing.even:
             self._warn_of(judgement.weighing)
         self._look_for_modes(judgement)
@@ -220,9 +224,10 @@ class Ladder:
         with self._timed("training"):
             return self._weigh()
 
-    def _weigh(self):
+    def _weigh(self, worth_more: Callable[[Judgement], bool] = lambda _: True) -> Judgement:
+        """Weigh draws, and more of them where a heavy one could decide it and they are worth it."""
         judgement = self._judge(self._seed(), WEIGHED_DRAWS)
-        if judgement.weighing.ess < DOUBTFUL:
+        if judgement.weighing.ess < DOUBTFUL and worth_more(judgement):
             judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         if self._local is None:  # otherwise the weights are those of no one draw
             self.approx.fit_stats["ess"] = judgement.weighing.ess
@@ -477,7 +482,8 @@ class Ladder:
     def _train(self, step: Step, schedule: Schedule, n: int) -> None:
         settings, approx = self.settings, self.approx
         run = Run(stopped="initialisation only")
-        self._even_elbo = None
+        self._judged = None
+        self._n_cuts_seen = self._weighed_at = 0
         try:
             if n > 0:
                 run = train(
@@ -507,21 +513,26 @@ class Ladder:
         self.losses = np.concatenate([self.losses, run.losses])
         self._record(run)
 
-    def _look(self, schedule: Schedule, n_left: int) -> str:
+    def _look(self, schedule: Schedule, n_taken: int, n_left: int) -> str:
         """Reason to end training, by the importance weights, or nothing."""
         assert self.step is not None
-        growing = self.settings.may_grow and self._growth_ahead
-        # at higher rates the noise of the steps is much of it
-        growing = growing and n_left >= LEAST_STEPS and schedule.n_cuts > 1
-        glance = self._judge(self._seed(), GLANCE_DRAWS).weighing.ess
-        if glance < DOUBTFUL and not (growing and glance < HOPELESS_AT_A_GLANCE):
+        cut, self._n_cuts_seen = schedule.n_cuts > self._n_cuts_seen, schedule.n_cuts
+        spent = (n_taken - self._weighed_at) * self.step.n_draws
+        # at the first rate its noise is much of what is uneven, and at the second some
+        if not cut and (not schedule.n_cuts or spent < WEIGH_AFTER):
+            return ""
+        growing = self.settings.may_grow and self._growth_ahead and n_left >= LEAST_STEPS
+        growing = growing and cut and schedule.n_cuts > 1
+        glance = self._judge(self._seed(), GLANCE_DRAWS).weighing
+        hopeless = growing and glance.ess < HOPELESS_AT_A_GLANCE
+        if glance.ess < enough(glance) - NOISE_OF_A_GLANCE and not hopeless:
             return ""  # more steps; what is missed here is weighed at the end
-        judgement = self._weigh()
-        weighing = judgement.weighing
-        if weighing.ess > ENOUGH and weighing.even:
-            self._even_elbo = judgement.elbo
+        self._weighed_at = n_taken
+        judgement = self._weigh(lambda found: good(found.weighing) or hopeless)
+        if good(judgement.weighing):
+            self._judged = judgement
             return "the importance weights are even"
-        if growing and weighing.ess < HOPELESS and not weighing.even:
+        if hopeless and judgement.weighing.ess < HOPELESS and not judgement.weighing.even:
             return "the importance weights are uneven, and a larger flow may do better"
         return ""
 
@@ -530,10 +541,10 @@ class Ladder:
         if self.start is None and not self._resumed and not self.losses.size:
             # no start was found that the fit could fall behind
             run.states.pop("first", None)
-        if self._even_elbo is not None:
+        if self._judged is not None:
             # no other state has much to gain
             run.states = {"last": run.states["last"]}
-            self.approx.fit_stats |= {"elbo": self._even_elbo, "state": "last"}
+            self.approx.fit_stats |= {"elbo": self._judged.elbo, "state": "last"}
         if len(run.states) < 2:
             return
         found = {}
@@ -644,6 +655,18 @@ class Ladder:
             yield
         finally:
             self.approx.fit_stats["seconds"][stage] += time.perf_counter() - started
+
+
+def enough(weighing: Weighing) -> float:
+    """Effective share of draws with which a fit may end though its loss still falls."""
+    # the same misfit in each of more dimensions leaves less even weights
+    return max(LEAST_ENOUGH, min(ENOUGH, math.exp(-LOSS_A_DIMENSION * weighing.shift.size)))
+
+
+def good(weighing: Weighing) -> bool:
+    """Whether a fit may end though its loss still falls."""
+    small = weighing.ess > ENOUGH or weighing.unmoved
+    return weighing.even and weighing.ess > enough(weighing) and small
 
 
 def depth(bijection: Bijection) -> int:

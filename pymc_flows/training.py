@@ -90,11 +90,15 @@ class Schedule:
         ceiling = 0.01 + 0.99 * (1 + math.cos(math.pi * decaying)) / 2
         return self.peak * warm_up * min(self.cut, ceiling)
 
+    def decides(self, step: int) -> bool:
+        """Whether a window of steps ends here, over which the loss was the negative ELBO."""
+        return self.window > 0 and not step % self.window and step >= self.changing + self.window
+
     def observe(self, losses: np.ndarray) -> str:
         """Look at the losses so far; return why the run is over, or nothing."""
         step = losses.size
         self._since = max(self._since, self.changing)
-        if not self.window or step % self.window or step - self._since < 2 * self.window:
+        if not self.decides(step) or step - self._since < 2 * self.window:
             return ""
         recent = losses[max(self._since, step - 4 * self.window) :]
         recent = recent[np.isfinite(recent)]
@@ -366,7 +370,7 @@ def train(
     n_steps: int,
     *,
     callbacks: Sequence[Callable] = (),
-    look: Callable[[Schedule, int], str] | None = None,
+    look: Callable[[Schedule, int, int], str] | None = None,
     score: bool = True,
     earlier: np.ndarray | None = None,
     progressbar: bool = True,
@@ -387,8 +391,8 @@ def train(
     callbacks : sequence of callable
         Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the run.
     look : callable, optional
-        Asked after each cut of the rate, with the schedule and the steps left, for a reason to
-        end the run, or nothing.
+        Asked at each of the schedule's decisions, with the schedule, the steps taken and those left, for a
+        reason to end the run, or nothing.
     score : bool
         Whether callbacks get the losses; None otherwise.
     earlier : ndarray, optional
@@ -449,10 +453,9 @@ def train(
                     keeper.restore()
                     schedule.roll_back()
                     run.roll_backs += 1
-                n_cuts = schedule.n_cuts
                 over = schedule.observe(losses[:n_taken])
-                if not over and schedule.n_cuts > n_cuts and look is not None:
-                    over = look(schedule, n_steps - n_taken)
+                if not over and look is not None and schedule.decides(n_taken):
+                    over = look(schedule, n_taken, n_steps - n_taken)
                 if over:
                     run.stopped = over
                     progress.update(task, completed=n_steps, loss=trend(losses[:n_taken]))

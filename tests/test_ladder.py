@@ -309,6 +309,33 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
     assert set(done.stdout.split()) == {"1"}
 
 
+@pytest.fixture
+def looking(normal, monkeypatch, python):
+    """A ladder, and a function that lets it look where all draws have given weights; which says how many were."""
+    with normal:
+        inference = NFVI("loc")
+        inference.fit(2, obj_n_mc=64, initialize=False, progressbar=False)
+    ladder = inference._ladder
+    ladder.settings = replace(ladder.settings, may_grow=True)
+
+    def look(n_cuts=2, n_taken=100, *, ess, dim=1, unmoved=False):
+        asked = []
+        weights = SimpleNamespace(
+            ess=ess, even=ess > 0.75, unmoved=unmoved, shift=np.zeros(dim), elbo=-1.0
+        )
+
+        def judge(seed, n_draws):
+            asked.append(n_draws)
+            return SimpleNamespace(weighing=weights, elbo=-1.0)
+
+        monkeypatch.setattr(ladder, "_judge", judge)
+        schedule = Schedule(1e-2, 5000)
+        schedule.n_cuts = n_cuts
+        return ladder._look(schedule, n_taken, 2000), asked
+
+    return ladder, look
+
+
 @pytest.mark.parametrize(
     ("ess", "growth_ahead", "weighed", "reason"),
     [
@@ -319,26 +346,50 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
         (0.3, False, False, ""),  # as in refine, after which nothing grows
     ],
 )
-def test_a_look_weighs_only_what_it_may_end(
-    normal, monkeypatch, python, ess, growth_ahead, weighed, reason
-):
-    with normal:
-        inference = NFVI("loc")
-        inference.fit(2, obj_n_mc=64, initialize=False, progressbar=False)
-    looking, asked = inference._ladder, []
-
-    def judge(seed, n_draws):
-        asked.append(n_draws)
-        return SimpleNamespace(weighing=SimpleNamespace(ess=ess, even=ess > 0.9), elbo=-1.0)
-
-    monkeypatch.setattr(looking, "_judge", judge)
-    looking._growth_ahead = growth_ahead
-    looking.settings = replace(looking.settings, may_grow=True)
-    schedule = Schedule(1e-2, 5000)
-    schedule.n_cuts = 2
-    assert looking._look(schedule, 2000) == reason
+def test_a_look_weighs_only_what_it_may_end(looking, ess, growth_ahead, weighed, reason):
+    ladder, look = looking
+    ladder._growth_ahead = growth_ahead
+    found, asked = look(ess=ess)
+    assert found == reason
     assert (len(asked) > 1) == weighed
-    assert looking._even_elbo == (-1.0 if "are even" in reason else None)
+    assert (ladder._judged is not None) == ("are even" in reason)
+
+
+@pytest.mark.parametrize(
+    ("ess", "dim", "unmoved", "ends"),
+    [
+        (0.94, 12, True, False),
+        (0.85, 100, True, True),
+        (0.85, 100, False, False),  # a mean or variance would move
+        (0.96, 100, False, True),
+        (0.78, 1000, True, False),
+    ],
+)
+def test_weights_of_many_dimensions_may_be_less_even_where_they_move_nothing(
+    looking, ess, dim, unmoved, ends
+):
+    _, look = looking
+    found, asked = look(ess=ess, dim=dim, unmoved=unmoved)
+    assert found == ("the importance weights are even" if ends else "")
+    # what a heavy draw could decide is confirmed by more
+    assert (asked[-1] > 2048) == (ends and ess < 0.9)
+
+
+def test_looks_come_with_each_cut_and_then_after_so_many_draws(looking):
+    _, look = looking
+    steps = [
+        (0, 50),
+        (0, 500),
+        (1, 550),
+        (1, 600),
+        (1, 650),
+        (1, 700),
+        (1, 750),
+        (2, 800),
+        (2, 850),
+    ]
+    looked = [n_taken for n_cuts, n_taken in steps if look(n_cuts, n_taken, ess=0.94)[1]]
+    assert looked == [550, 700, 800]
 
 
 @pytest.fixture
