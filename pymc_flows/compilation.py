@@ -13,6 +13,7 @@ from pymc.pytensorf import resolve_backend_compile_kwargs
 from pytensor.compile.mode import OPT_FAST_RUN, Mode
 from pytensor.link.vm import VMLinker
 
+from pymc_flows.loops import jax_with_loops
 from pymc_flows.warning import warn_user
 
 
@@ -89,9 +90,9 @@ def compile_function(
         return function
 
     if not choose_jax:
-        return attempt({})
+        return attempt({"mode": jax_with_loops()} if backend == "jax" else {})
     try:
-        return attempt({"mode": "JAX"})
+        return attempt({"mode": jax_with_loops()})
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         warn_user(

@@ -1,0 +1,105 @@
+"""Rows of equal operations are one loop where JAX compiles, and give what they gave before."""
+
+import numpy as np
+import pytensor
+import pytensor.tensor as pt
+import pytest
+from numpy.testing import assert_allclose
+from pytensor.compile.builders import OpFromGraph
+
+from pymc_flows.bijections import Affine, Chain, Coupling
+from pymc_flows.bijections.base import Params
+from pymc_flows.compilation import compile_function
+from pymc_flows.loops import Loop
+
+pytest.importorskip("jax")
+
+
+def layer(shape=(3,)):
+    """One operation of a state and of weights: the next state, and how far it went."""
+    x, w = pt.tensor("x", shape=shape), pt.tensor("w", shape=shape)
+    moved = pt.tanh(x * w) + x
+    return OpFromGraph([x, w], [moved, ((moved - x) ** 2).sum()])
+
+
+def both(inputs, outputs, values):
+    """What JAX gives with loops, how many there are, and what PyTensor's own operations give."""
+    looped = compile_function(inputs, outputs, backend="jax")
+    plain = pytensor.function(inputs, outputs, mode="FAST_COMPILE")
+    n_loops = sum(isinstance(node.op, Loop) for node in looped.maker.fgraph.apply_nodes)
+    return looped(*values), n_loops, plain(*values)
+
+
+def test_values_and_gradients_of_a_loop_are_those_of_its_operations():
+    op, x, ws = layer(), pt.tensor("x", shape=(3,)), pt.tensor("ws", shape=(5, 3))
+    state, distances = x, []
+    for k in range(5):
+        state, distance = op(state, ws[k])
+        distances.append(distance)
+    # the third state is taken from the middle of the row
+    cost = (state**2).sum() + sum(d * (k + 1) for k, d in enumerate(distances))
+    outputs = [state, *distances, *pt.grad(cost, [x, ws])]
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=3), rng.normal(size=(5, 3))
+    found, n_loops, expected = both([x, ws], outputs, values)
+    assert n_loops == 2
+    for left, right in zip(found, expected, strict=True):
+        assert_allclose(left, right, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["forward", "inverse", "carry_score"])
+def test_couplings_in_a_row_are_one_loop(method):
+    chain = Chain([Coupling(3, Affine(), (4,))] * 4)
+    z, flat = pt.tensor("z", shape=(2, 3)), pt.tensor("flat", shape=(chain.n_weights,))
+    more = [-z] if method == "carry_score" else []
+    mapped = getattr(chain, method)(z, *more, Params(flat, chain.weight_shapes))
+    cost = sum((part * np.float64(k + 1)).sum() for k, part in enumerate(mapped))
+    outputs = [*mapped, pt.grad(cost, flat)]
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, 3)), rng.normal(size=chain.n_weights)
+    found, n_loops, expected = both([z, flat], outputs, values)
+    assert n_loops == 2
+    for left, right in zip(found, expected, strict=True):
+        assert_allclose(left, right, rtol=1e-10, atol=1e-12)
+
+
+def waiting(op, x, ws):
+    """Weights of each but the first that come from the state before."""
+    state, _ = op(x, ws[0])
+    for k in range(1, 4):
+        state, _ = op(state, ws[k] + pt.exp(state))
+    return state
+
+
+def branching(op, x, ws):
+    """A state that two operations take."""
+    state, _ = op(x, ws[0])
+    left, _ = op(state, ws[1])
+    right, _ = op(state, ws[2])
+    return op(left, right)[0]
+
+
+def short(op, x, ws):
+    """Two operations only."""
+    return op(op(x, ws[0])[0], ws[1])[0]
+
+
+@pytest.mark.parametrize("build", [waiting, branching, short])
+def test_what_is_no_row_stays_as_it_is(build):
+    op, x, ws = layer(), pt.tensor("x", shape=(3,)), pt.tensor("ws", shape=(5, 3))
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=3), rng.normal(size=(5, 3))
+    found, n_loops, expected = both([x, ws], [build(op, x, ws)], values)
+    assert n_loops == 0
+    assert_allclose(found[0], expected[0], rtol=1e-12)
+
+
+def test_operations_of_unknown_shape_stay_as_they_are():
+    op, x = layer(shape=(None,)), pt.vector("x")
+    state = x
+    for _ in range(3):
+        state, _ = op(state, x)
+    values = (np.array([0.5, 1.0]),)
+    found, n_loops, expected = both([x], [state], values)
+    assert n_loops == 0
+    assert_allclose(found[0], expected[0], rtol=1e-12)
