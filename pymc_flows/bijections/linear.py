@@ -34,9 +34,7 @@ class LowerTriangular(Bijection):
 
     def forward(self, z, params):
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
-        # loc as a product: its gradient is then one too, and a Sum over draws compiles slowly on numba
-        ones = pt.ones_like(z[:, :1])
-        x = z @ self._cholesky_factor(params).T + ones @ params["loc"][None, :]
+        x = z @ self._cholesky_factor(params).T + params["loc"]
         return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
 
     def carry_score(self, z, score, params):
