@@ -135,8 +135,13 @@ def jax_with_loops() -> Mode:
                 out = out if n_outputs > 1 else (out,)
                 return tuple(out[op.carried[k]] for k in carries), tuple(out)
 
-            _, out = jax.lax.scan(one, tuple(jnp.asarray(first[k]) for k in carries), own)
-            return tuple(column[k] for k in range(op.n) for column in out)
+            begin = tuple(jnp.asarray(first[k]) for k in carries)
+            last, out = jax.lax.scan(one, begin, own, length=op.n)
+            results = [[column[k] for column in out] for k in range(op.n)]
+            # what is asked for at the end alone need not be kept of the others
+            for k, value in zip(carries, last, strict=True):
+                results[-1][op.carried[k]] = value
+            return tuple(value for row in results for value in row)
 
         return run
 

@@ -47,6 +47,18 @@ def test_values_and_gradients_of_a_loop_are_those_of_its_operations():
         assert_allclose(left, right, rtol=1e-12)
 
 
+def test_a_loop_may_have_nothing_of_its_own():
+    x, y = pt.tensor("x", shape=(2,)), pt.tensor("y", shape=(2,))
+    op = OpFromGraph([x, y], [pt.cos(y), x + y])
+    left, right = x, y
+    for _ in range(4):
+        left, right = op(left, right)
+    values = np.array([0.3, -0.2]), np.array([1.0, 2.0])
+    found, n_loops, expected = both([x, y], [left, right], values)
+    assert n_loops == 1
+    assert_allclose(found, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["forward", "inverse", "carry_score"])
 def test_couplings_in_a_row_are_one_loop(method):
     chain = Chain([Coupling(3, Affine(), (4,))] * 4)
