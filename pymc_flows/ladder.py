@@ -70,8 +70,8 @@ DOUBTFUL = 0.9
 ENOUGH, LEAST_ENOUGH, LOSS_A_DIMENSION = 0.95, 0.8, 0.004
 # and with which it is not worth polishing what will grow
 HOPELESS = 0.4
-# draws of steps after which a fit whose rate was cut is weighed again
-WEIGH_AFTER = 4 * WEIGHED_DRAWS
+# draws of steps after which a fit whose rate was cut is glanced at again, and weighed
+LOOK_AFTER, WEIGH_AFTER = 8 * GLANCE_DRAWS, 4 * WEIGHED_DRAWS
 # what a fit goes on with where the weights of what it reached are uneven
 MORE_DRAWS, MORE_LAYERS, LEAST_STEPS = 8, 4, 500
 # standard deviation, unconstrained, from which on a search is taken to have found no end
@@ -142,8 +142,8 @@ class Ladder:
         self._modes = np.zeros((0, approx.ddim))
         self._counted = target.evaluations if target is not None else 0
         self._earlier_steps = 0
-        self._judged: Judgement | None = None
-        self._n_cuts_seen = self._weighed_at = 0
+        self._even_elbo: float | None = None
+        self._n_cuts_seen = self._looked_at = self._weighed_at = 0
         self._growth_ahead = False
         self.interrupted = self.called_off = False
         self._flows = [group for group in approx.groups if isinstance(group, FlowGroup)]
@@ -195,7 +195,7 @@ class Ladder:
 
     def _finish(self, n_left: int) -> None:
         """Go on with a larger flow and more draws where weights are uneven; warn if they stay so."""
-        settings, judgement = self.settings, self._judged or self.judge()
+        settings, judgement = self.settings, self.judge()
         over = self.start is None or self.interrupted or self.called_off or n_left < LEAST_STEPS
         if settings.may_grow and not over and not judgement.weighing.even:
             for group in self._flows:
@@ -205,7 +205,7 @@ class Ladder:
             self.approx.forget_functions()
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
             self._train(step, Schedule(settings.rate, n_left, window=settings.patience), n_left)
-            judgement = self._judged or self.judge()
+            judgement = self.judge()
         if not judgement.weighing.even:
             self._warn_of(judgement.weighing)
         self._look_for_modes(judgement)
@@ -224,10 +224,9 @@ class Ladder:
         with self._timed("training"):
             return self._weigh()
 
-    def _weigh(self, worth_more: Callable[[Judgement], bool] = lambda _: True) -> Judgement:
-        """Weigh draws, and more of them where a heavy one could decide it and they are worth it."""
+    def _weigh(self):
         judgement = self._judge(self._seed(), WEIGHED_DRAWS)
-        if judgement.weighing.ess < DOUBTFUL and worth_more(judgement):
+        if judgement.weighing.ess < DOUBTFUL:
             judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         if self._local is None:  # otherwise the weights are those of no one draw
             self.approx.fit_stats["ess"] = judgement.weighing.ess
@@ -482,8 +481,8 @@ class Ladder:
     def _train(self, step: Step, schedule: Schedule, n: int) -> None:
         settings, approx = self.settings, self.approx
         run = Run(stopped="initialisation only")
-        self._judged = None
-        self._n_cuts_seen = self._weighed_at = 0
+        self._even_elbo = None
+        self._n_cuts_seen = self._looked_at = self._weighed_at = 0
         try:
             if n > 0:
                 run = train(
@@ -517,20 +516,23 @@ class Ladder:
         """Reason to end training, by the importance weights, or nothing."""
         assert self.step is not None
         cut, self._n_cuts_seen = schedule.n_cuts > self._n_cuts_seen, schedule.n_cuts
-        spent = (n_taken - self._weighed_at) * self.step.n_draws
+        n_draws = self.step.n_draws
         # at the first rate its noise is much of what is uneven, and at the second some
-        if not cut and (not schedule.n_cuts or spent < WEIGH_AFTER):
+        if not cut and (not schedule.n_cuts or (n_taken - self._looked_at) * n_draws < LOOK_AFTER):
             return ""
+        self._looked_at = n_taken
         growing = self.settings.may_grow and self._growth_ahead and n_left >= LEAST_STEPS
         growing = growing and cut and schedule.n_cuts > 1
         glance = self._judge(self._seed(), GLANCE_DRAWS).weighing
         hopeless = growing and glance.ess < HOPELESS_AT_A_GLANCE
-        if glance.ess < enough(glance) - NOISE_OF_A_GLANCE and not hopeless:
+        due = cut or (n_taken - self._weighed_at) * n_draws >= WEIGH_AFTER
+        promising = due and glance.ess > enough(glance) - NOISE_OF_A_GLANCE
+        if not hopeless and not promising:
             return ""  # more steps; what is missed here is weighed at the end
         self._weighed_at = n_taken
-        judgement = self._weigh(lambda found: good(found.weighing) or hopeless)
+        judgement = self._weigh() if hopeless else self._judge(self._seed(), WEIGHED_DRAWS)
         if good(judgement.weighing):
-            self._judged = judgement
+            self._even_elbo = judgement.elbo
             return "the importance weights are even"
         if hopeless and judgement.weighing.ess < HOPELESS and not judgement.weighing.even:
             return "the importance weights are uneven, and a larger flow may do better"
@@ -541,10 +543,10 @@ class Ladder:
         if self.start is None and not self._resumed and not self.losses.size:
             # no start was found that the fit could fall behind
             run.states.pop("first", None)
-        if self._judged is not None:
+        if self._even_elbo is not None:
             # no other state has much to gain
             run.states = {"last": run.states["last"]}
-            self.approx.fit_stats |= {"elbo": self._judged.elbo, "state": "last"}
+            self.approx.fit_stats |= {"elbo": self._even_elbo, "state": "last"}
         if len(run.states) < 2:
             return
         found = {}

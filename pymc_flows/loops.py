@@ -32,6 +32,11 @@ class Loop(Op):
     def __init__(self, op: OpFromGraph, n: int, carried: Carried) -> None:
         self.op, self.n, self.carried = op, n, carried
 
+    def __setstate__(self, state):
+        """Let JAX know of it where a compiled function that has one is unpickled."""
+        self.__dict__.update(state)
+        teach_jax()
+
     def make_node(self, *inputs):
         """Apply to inputs of the operation's types."""
         return Apply(self, list(inputs), [out.type() for out in self.op.fgraph.outputs * self.n])
@@ -112,8 +117,8 @@ class LoopRows(GraphRewriter):
 
 
 @functools.cache
-def jax_with_loops() -> Mode:
-    """JAX's mode, with loops for rows of equal operations."""
+def teach_jax() -> None:
+    """Say how JAX runs a loop; JAX is imported only where it is used."""
     import jax
     import jax.numpy as jnp
     from pytensor.link.jax.dispatch import jax_funcify
@@ -145,5 +150,10 @@ def jax_with_loops() -> Mode:
 
         return run
 
+
+@functools.cache
+def jax_with_loops() -> Mode:
+    """JAX's mode, with loops for rows of equal operations."""
+    teach_jax()
     mode = get_mode("JAX")
     return Mode(mode.linker, mode.provided_optimizer.register((LoopRows(), 200)))

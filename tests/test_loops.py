@@ -1,5 +1,9 @@
 """Rows of equal operations are one loop where JAX compiles, and give what they gave before."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
@@ -22,26 +26,26 @@ def layer(shape=(3,)):
     return OpFromGraph([x, w], [moved, ((moved - x) ** 2).sum()])
 
 
-def both(inputs, outputs, values):
+def both(inputs, outputs, values, backend="jax"):
     """What JAX gives with loops, how many there are, and what PyTensor's own operations give."""
-    looped = compile_function(inputs, outputs, backend="jax")
+    looped = compile_function(inputs, outputs, backend=backend)
     plain = pytensor.function(inputs, outputs, mode="FAST_COMPILE")
     n_loops = sum(isinstance(node.op, Loop) for node in looped.maker.fgraph.apply_nodes)
     return looped(*values), n_loops, plain(*values)
 
 
-def test_values_and_gradients_of_a_loop_are_those_of_its_operations():
+@pytest.mark.parametrize("backend", ["jax", None])
+def test_values_and_gradients_of_a_loop_are_those_of_its_operations(backend):
     op, x, ws = layer(), pt.tensor("x", shape=(3,)), pt.tensor("ws", shape=(5, 3))
     state, distances = x, []
     for k in range(5):
         state, distance = op(state, ws[k])
         distances.append(distance)
-    # the third state is taken from the middle of the row
     cost = (state**2).sum() + sum(d * (k + 1) for k, d in enumerate(distances))
     outputs = [state, *distances, *pt.grad(cost, [x, ws])]
     rng = np.random.default_rng(0)
     values = rng.normal(size=3), rng.normal(size=(5, 3))
-    found, n_loops, expected = both([x, ws], outputs, values)
+    found, n_loops, expected = both([x, ws], outputs, values, backend)
     assert n_loops == 2
     for left, right in zip(found, expected, strict=True):
         assert_allclose(left, right, rtol=1e-12)
@@ -115,3 +119,18 @@ def test_operations_of_unknown_shape_stay_as_they_are():
     found, n_loops, expected = both([x], [state], values)
     assert n_loops == 0
     assert_allclose(found[0], expected[0], rtol=1e-12)
+
+
+def test_a_function_with_a_loop_can_be_unpickled_where_nothing_was_compiled(tmp_path):
+    op, x = layer(), pt.tensor("x", shape=(3,))
+    state = x
+    for k in range(3):
+        state, _ = op(state, np.full(3, k + 1.0))
+    function = compile_function([x], [state], backend="jax")
+    assert any(isinstance(node.op, Loop) for node in function.maker.fgraph.apply_nodes)
+    path = tmp_path / "function.pkl"
+    path.write_bytes(pickle.dumps(function))
+    code = f"import pickle; print(*pickle.load(open({str(path)!r}, 'rb'))([0.1, 0.2, 0.3])[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = function(np.array([0.1, 0.2, 0.3]))[0]
+    assert_allclose([float(part) for part in done.stdout.split()], expected, rtol=1e-12)
