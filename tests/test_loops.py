@@ -10,11 +10,12 @@ import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from pytensor.compile.builders import OpFromGraph
+from pytensor.compile.mode import OPT_FAST_COMPILE, Mode
 
 from pymc_flows.bijections import Affine, Chain, Coupling
 from pymc_flows.bijections.base import Params
 from pymc_flows.compilation import compile_function
-from pymc_flows.loops import Loop
+from pymc_flows.loops import Loop, LoopRows
 
 pytest.importorskip("jax")
 
@@ -47,8 +48,13 @@ def test_values_and_gradients_of_a_loop_are_those_of_its_operations(backend):
     values = rng.normal(size=3), rng.normal(size=(5, 3))
     found, n_loops, expected = both([x, ws], outputs, values, backend)
     assert n_loops == 2
-    for left, right in zip(found, expected, strict=True):
-        assert_allclose(left, right, rtol=1e-12)
+    # PyTensor itself can run a loop too
+    mode = Mode("py", OPT_FAST_COMPILE.register((LoopRows(), 200)))
+    python = pytensor.function([x, ws], outputs, mode=mode)
+    assert sum(isinstance(node.op, Loop) for node in python.maker.fgraph.apply_nodes) == 2
+    for left, right, plain in zip(found, python(*values), expected, strict=True):
+        assert_allclose(left, plain, rtol=1e-12)
+        assert_allclose(right, plain, rtol=1e-12)
 
 
 def test_a_loop_may_have_nothing_of_its_own():
