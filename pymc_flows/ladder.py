@@ -467,9 +467,10 @@ class Ladder:
     def _choose_centring(self, target, group, draws, prior, rng):
         """The better start of the non-centred and the centred parametrization, and its density."""
         found = []
+        pulled = Pulled(target, group.noncentering, **self.settings.compiling)
         for logit in (-6.0, 6.0):
             layer = replace(group.noncentering, start=logit)
-            density = Pulled(target, layer, **self.settings.compiling)
+            density = pulled.with_layer(layer)
             seen, before = (None if x is None else density.undo(x) for x in (draws, prior))
             start = find_start(density, group.loc, rng, seen, before)
             found.append((start.gaussian.elbo, layer, start, density))

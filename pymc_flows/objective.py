@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class Pulled:
         self.flat = pt.vector("weights", shape=(layer.n_weights,))
         x, log_det = layer.forward(y, Params(self.flat, layer.weight_shapes))
         pulled = pt.grad((score * x).sum() + log_det.sum(), y, consider_constant=[score])
-        self.weights = floatX(flatten(layer.init(np.random.default_rng(0))))
+        self.weights = _first_weights(layer)
         zeros = np.zeros(y.type.shape, dtype=y.dtype)
         self.function = compile_function(
             [y, score, self.flat],
@@ -109,6 +110,12 @@ class Pulled:
             compile_kwargs=compile_kwargs,
             trial=lambda compiled: compiled(zeros, zeros, self.weights),
         )
+
+    def with_layer(self, layer: Bijection) -> Pulled:
+        """Look through an equal layer with other first weights, for which nothing is compiled anew."""
+        other = copy.copy(self)
+        other.layer, other.weights = layer, _first_weights(layer)
+        return other
 
     def __call__(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log density (points,) and score (points, dim) of y (points, dim)."""
@@ -135,9 +142,12 @@ def undo(layer: Bijection, x: np.ndarray) -> np.ndarray:
     return _map(layer, layer.inverse, x)
 
 
+def _first_weights(layer):
+    return floatX(flatten(layer.init(np.random.default_rng(0))))
+
+
 def _map(layer, direction, points):
-    weights = floatX(flatten(layer.init(np.random.default_rng(0))))
-    params = Params(pt.constant(weights), layer.weight_shapes)
+    params = Params(pt.constant(_first_weights(layer)), layer.weight_shapes)
     found, _ = direction(pt.constant(floatX(points)), params)
     return pytensor.function([], found, mode="FAST_COMPILE")()
 
