@@ -43,7 +43,7 @@ from pymc_flows.initialization import (
     gaussian_of,
 )
 from pymc_flows.local_reparameterization import LocalDraws
-from pymc_flows.log_density import has_large_matrices
+from pymc_flows.log_density import has_large_matrices, has_loop
 from pymc_flows.minibatch import has_minibatch
 from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import Pulled, Target, build_objective, find_local_draws, undo
@@ -269,7 +269,10 @@ class Ladder:
         if self.settings.kl_warmup:
             return False  # it weighs the prior apart
         interprets = self._interprets and n_draws <= FEW_DRAWS
-        return target.fell_back or interprets or has_large_matrices(self.approx.model)
+        if target.fell_back or interprets or has_large_matrices(self.approx.model):
+            return True
+        # another compilation of a loop takes longer than calling the one that there is, if it is one call
+        return n_draws <= target.n_draws and has_loop(self.approx.model)
 
     def _local_draws(self, split, n_draws) -> LocalDraws | None:
         """Products that are drawn in place of weights, where the model and the arguments allow it."""

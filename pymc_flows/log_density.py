@@ -163,6 +163,12 @@ def has_large_matrices(model: Model) -> bool:
     return not has_minibatch(model) and _has_large_matrices([model.logp()], set(model.value_vars))
 
 
+def has_loop(model: Model) -> bool:
+    """Whether the density runs a Scan, which takes long to compile."""
+    owners = (v.owner for v in ancestors([model.logp()]))
+    return any(owner is not None and isinstance(owner.op, Scan) for owner in owners)
+
+
 def _refuse_branches(graphs):
     """Raise for an IfElse: it can be batched in name only, and most backends then fail."""
     for variable in ancestors(graphs):

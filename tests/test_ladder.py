@@ -48,6 +48,55 @@ def densities(approx, dim):
     return approx.log_density({"x": points})
 
 
+def recursion(loop):
+    """An autoregression, as a loop or written out."""
+    y = np.random.default_rng(4).normal(size=6)
+    with pm.Model() as model:
+        rho = pm.Normal("rho", 0, 0.5)
+        mean = pt.constant(np.float64(0))
+        if loop:
+            means = pytensor.scan(
+                lambda seen, mean, rho: rho * pt.tanh(mean) + seen,
+                sequences=[pt.constant(y[:-1])],
+                outputs_info=[mean],
+                non_sequences=[rho],
+                return_updates=False,
+            )
+        else:
+            means = []
+            for seen in y[:-1]:
+                mean = rho * pt.tanh(mean) + seen
+                means.append(mean)
+            means = pt.stack(means)
+        pm.Normal("y", means, 1, observed=y[1:])
+    return model
+
+
+@pytest.mark.parametrize("annealing", [0, 3])
+def test_steps_call_a_density_with_a_loop_in_place_of_compiling_it_again(annealing):
+    pytest.importorskip("jax")
+    histories, n_targets = [], []
+    for loop in (True, False):
+        with recursion(loop):
+            inference = NFVI("planar", n_layers=1, random_seed=1)
+            inference.fit(10, annealing=annealing, backend="jax", progressbar=False)
+        histories.append(inference.hist)
+        n_targets.append(len(inference._ladder.step.targets))
+    assert n_targets == [2 if annealing else 1, 0]
+    assert_allclose(histories[0], histories[1], rtol=1e-8)
+
+
+def test_a_loop_is_compiled_into_a_step_of_more_draws_than_a_call_takes(monkeypatch):
+    monkeypatch.setattr(ladder, "has_loop", lambda model: True)
+    approx = perturbed(independent(2))
+    climbing = ladder.Ladder(
+        approx, SimpleNamespace(kl_warmup=0, n_draws=64, backend="jax", compile_kwargs=None, n=10)
+    )
+    target = SimpleNamespace(fell_back=False, n_draws=64)
+    assert climbing._splits(target, 64)
+    assert not climbing._splits(target, 65)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_a_flow_that_grows_has_the_same_density(dim, python):
     approx = perturbed(independent(dim))
