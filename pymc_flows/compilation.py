@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytensor
+import pytensor.tensor as pt
 from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
-from pytensor.compile.mode import OPT_FAST_RUN, Mode
+from pytensor.compile.mode import OPT_FAST_RUN, Mode, get_mode
+from pytensor.graph.rewriting.basic import NodeRewriter, in2out
 from pytensor.link.vm import VMLinker
+from pytensor.tensor.math import neg, softplus
 
-from pymc_flows.loops import jax_with_loops
+from pymc_flows.loops import LoopRows, teach_jax
 from pymc_flows.warning import warn_user
 
 
@@ -38,6 +42,32 @@ def _interpreter() -> Mode:
     """NumPy, one operation after another; fused ones would be loops in Python."""
     linker = VMLinker(use_cloop=False, c_thunks=False, allow_gc=False)
     return Mode(linker, OPT_FAST_RUN.excluding("fusion", "cxx_only", "BlasOpt"))
+
+
+class PlainSoftplus(NodeRewriter):
+    """Write log(1 + exp(x)) without branches, of which JAX would compute all.
+
+    Of x and -x, both of which a Bernoulli's likelihood takes, the logarithm is then the same.
+    """
+
+    def transform(self, fgraph, node, enforce_tracks=True):
+        """Say what takes a softplus's place."""
+        if node.op != softplus:
+            return None
+        (x,) = node.inputs
+        size = abs(x.owner.inputs[0] if x.owner is not None and x.owner.op == neg else x)
+        result = pt.maximum(x, 0) + pt.log1p(pt.exp(-size))
+        return [result.astype(node.outputs[0].dtype)]
+
+
+@functools.cache
+def _jax() -> Mode:
+    """JAX's mode, with loops for rows of equal operations, and a softplus without branches."""
+    teach_jax()
+    mode = get_mode("JAX")
+    # after all others, which would make a softplus of it again
+    plain = in2out(PlainSoftplus(), name="plain_softplus")
+    return Mode(mode.linker, mode.provided_optimizer.register((LoopRows(), 200), (plain, 201)))
 
 
 def compile_function(
@@ -90,9 +120,9 @@ def compile_function(
         return function
 
     if not choose_jax:
-        return attempt({"mode": jax_with_loops()} if backend == "jax" else {})
+        return attempt({"mode": _jax()} if backend == "jax" else {})
     try:
-        return attempt({"mode": jax_with_loops()})
+        return attempt({"mode": _jax()})
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         warn_user(

@@ -1,19 +1,16 @@
-"""What JAX compiles sooner or runs faster: equal layers in a row as one loop; no branches in a softplus."""
+"""Equal layers in a row, which JAX compiles as one loop: once, however many they are."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 
-import pytensor.tensor as pt
 from pytensor.compile.builders import OpFromGraph
-from pytensor.compile.mode import Mode, get_mode
 from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.op import Op
-from pytensor.graph.rewriting.basic import GraphRewriter, NodeRewriter, in2out
+from pytensor.graph.rewriting.basic import GraphRewriter
 from pytensor.graph.traversal import ancestors
-from pytensor.tensor.math import neg, softplus
 from pytensor.tensor.type import TensorType
 
 # times in a row from which on a loop is worth it
@@ -157,34 +154,3 @@ def teach_jax() -> None:
             return tuple(value for row in results for value in row)
 
         return run
-
-
-class PlainSoftplus(NodeRewriter):
-    """Write log(1 + exp(x)) without branches, of which JAX would compute all.
-
-    Of x and -x, both of which a Bernoulli's likelihood takes, the logarithm is then the same.
-    """
-
-    def tracks(self):
-        """Operations that it is tried on."""
-        return [softplus]
-
-    def transform(self, fgraph, node, enforce_tracks=True):
-        """Say what takes a softplus's place."""
-        if node.op != softplus:
-            return None
-        (x,) = node.inputs
-        size = abs(x.owner.inputs[0] if x.owner is not None and x.owner.op == neg else x)
-        result = pt.maximum(x, 0) + pt.log1p(pt.exp(-size))
-        return [result.astype(node.outputs[0].dtype)]
-
-
-@functools.cache
-def jax_with_loops() -> Mode:
-    """JAX's mode, with loops for rows of equal operations, and a softplus without branches."""
-    teach_jax()
-    mode = get_mode("JAX")
-    # after all others, which would undo it
-    ours = in2out(PlainSoftplus(), name="plain_softplus")
-    optimizer = mode.provided_optimizer.register((LoopRows(), 200), (ours, 201))
-    return Mode(mode.linker, optimizer)
