@@ -271,8 +271,9 @@ class Ladder:
         interprets = self._interprets and n_draws <= FEW_DRAWS
         if target.fell_back or interprets or has_large_matrices(self.approx.model):
             return True
-        # another compilation of a loop takes longer than calling the one that there is, if it is one call
-        return n_draws <= target.n_draws and has_loop(self.approx.model)
+        # JAX compiles a loop for longer than it takes to call the one that there is, if it is one call
+        on_jax = prefers_jax(self.settings.backend, self.settings.compile_kwargs)
+        return on_jax and n_draws <= target.n_draws and has_loop(self.approx.model)
 
     def _local_draws(self, split, n_draws) -> LocalDraws | None:
         """Products that are drawn in place of weights, where the model and the arguments allow it."""

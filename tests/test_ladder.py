@@ -86,15 +86,17 @@ def test_steps_call_a_density_with_a_loop_in_place_of_compiling_it_again(anneali
     assert_allclose(histories[0], histories[1], rtol=1e-8)
 
 
-def test_a_loop_is_compiled_into_a_step_of_more_draws_than_a_call_takes(monkeypatch):
-    monkeypatch.setattr(ladder, "has_loop", lambda model: True)
-    approx = perturbed(independent(2))
-    climbing = ladder.Ladder(
-        approx, SimpleNamespace(kl_warmup=0, n_draws=64, backend="jax", compile_kwargs=None, n=10)
+@pytest.mark.parametrize(
+    ("backend", "n_draws", "splits"), [("jax", 64, True), ("jax", 65, False), ("numba", 64, False)]
+)
+def test_only_a_loop_that_one_call_of_jax_runs_is_not_compiled_again(backend, n_draws, splits):
+    # so many steps that the flow is compiled off JAX
+    settings = SimpleNamespace(
+        kl_warmup=0, n_draws=64, backend=backend, compile_kwargs=None, n=10**6
     )
+    climbing = ladder.Ladder(NormalizingFlow("planar", model=recursion(loop=True)), settings)
     target = SimpleNamespace(fell_back=False, n_draws=64)
-    assert climbing._splits(target, 64)
-    assert not climbing._splits(target, 65)
+    assert climbing._splits(target, n_draws) == splits
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
