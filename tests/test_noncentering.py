@@ -1,5 +1,7 @@
 """The model-aware layer: which priors it finds, that it is a bijection, and that λ = 0 frees them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pymc as pm
 import pytensor
@@ -10,7 +12,7 @@ from numpy.testing import assert_allclose
 from pymc_flows import NormalizingFlow
 from pymc_flows.bijections import Params
 from pymc_flows.noncentering import find_noncentering
-from pymc_flows.objective import build_objective
+from pymc_flows.objective import Pulled, Target, build_objective
 
 PRIORS = {
     "normal": lambda m, s: pm.Normal("x", m, s, shape=3),
@@ -141,3 +143,24 @@ def test_a_lost_draw_leaves_the_gradient_of_the_others(python):
     assert n_valid == 2
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in found)
+
+
+def test_one_compiled_function_looks_through_each_parametrization(python):
+    approx = NormalizingFlow("loc", model=hierarchy(PRIORS["normal"]))
+    layer = layer_of(approx.model)
+    target = Target(approx, 2, compile_kwargs={"mode": python})
+    first = Pulled(target, layer, compile_kwargs={"mode": python})
+    y = np.random.default_rng(5).normal(size=(2, layer.dim))
+    before, moves = first(y), 1e-5 * np.eye(layer.dim)
+    for logit in (-6.0, 6.0):
+        pulled = first.with_layer(replace(layer, start=logit))
+        x = pulled.redo(y)
+        assert_allclose(pulled.undo(x), y, rtol=1e-10, atol=1e-12)
+        slopes = [(pulled.redo(y + m) - pulled.redo(y - m)) / 2e-5 for m in moves]
+        _, log_det = np.linalg.slogdet(np.stack(slopes, axis=1))
+        log_p, score = pulled(y)
+        assert_allclose(log_p, target(x)[0] + log_det, rtol=1e-7)
+        steps = [(pulled(y + m)[0] - pulled(y - m)[0]) / 2e-5 for m in moves]
+        assert_allclose(score, np.stack(steps, axis=1), rtol=1e-5, atol=1e-6)
+    for left, right in zip(first(y), before, strict=True):
+        assert_allclose(left, right)
