@@ -14,6 +14,7 @@ from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
 from pytensor.compile.mode import OPT_FAST_RUN, Mode, get_mode
 from pytensor.graph.rewriting.basic import NodeRewriter, in2out
+from pytensor.link.jax.linker import JAXLinker
 from pytensor.link.vm import VMLinker
 from pytensor.tensor.math import neg, softplus
 
@@ -30,7 +31,7 @@ def prefers_jax(backend: str | None, compile_kwargs: dict[str, Any] | None = Non
 
 def runs_on_jax(function) -> bool:
     """Whether a compiled function is JAX's."""
-    return type(function.maker.linker).__name__ == "JAXLinker"
+    return isinstance(function.maker.linker, JAXLinker)
 
 
 def may_interpret(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
@@ -60,14 +61,47 @@ class PlainSoftplus(NodeRewriter):
         return [result.astype(node.outputs[0].dtype)]
 
 
+class PlainLinker(JAXLinker):
+    """JAX's linker, without the library that XLA fuses operations of a CPU with (YNN).
+
+    With jaxlib 0.12 it reads beyond its memory, and ends the process, for a spline of 8000 points.
+    """
+
+    def jit_compile(self, fn):
+        """Compile what a graph has become."""
+        import jax
+
+        static = self.scalar_shape_inputs
+        options = accepted_options(xla_cpu_experimental_ynn_fusion_type="")
+        jitted = jax.jit(fn, static_argnums=static, compiler_options=options)
+        if not static:
+            return jitted
+        return lambda *args: jitted(*(int(a) if i in static else a for i, a in enumerate(args)))
+
+
+@functools.cache
+def accepted_options(**options: str | bool) -> dict[str, str | bool]:
+    """Those of XLA's options that the installed XLA has."""
+    import jax
+
+    def accepts(name, value):
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value})()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in options.items() if accepts(name, value)}
+
+
 @functools.cache
 def _jax() -> Mode:
     """JAX's mode, with loops for rows of equal operations, and a softplus without branches."""
     teach_jax()
-    mode = get_mode("JAX")
+    rewrites = get_mode("JAX").provided_optimizer
     # after all others, which would make a softplus of it again
     plain = in2out(PlainSoftplus(), name="plain_softplus")
-    return Mode(mode.linker, mode.provided_optimizer.register((LoopRows(), 200), (plain, 201)))
+    return Mode(PlainLinker(), rewrites.register((LoopRows(), 200), (plain, 201)))
 
 
 def compile_function(

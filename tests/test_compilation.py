@@ -6,9 +6,9 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import special
 
-from pymc_flows.compilation import compile_function
+from pymc_flows.compilation import accepted_options, compile_function, runs_on_jax
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -27,3 +27,32 @@ def test_a_softplus_has_no_branches_and_the_same_values_everywhere(dtype):
     for left, right in zip(found, expected, strict=True):
         assert left.dtype == dtype
         assert_allclose(left, right, rtol=16 * np.finfo(dtype).eps, atol=np.finfo(dtype).tiny)
+
+
+def test_xla_fuses_nothing_with_the_library_that_reads_beyond_its_memory():
+    x = pt.matrix("x", shape=(300, 300))
+    function = compile_function([x], [(x @ x.T).sum(axis=1)], backend="jax")
+    values = np.random.default_rng(1).normal(size=(300, 300))
+    assert_allclose(function(values)[0], (values @ values.T).sum(axis=1))
+
+    def fuses(jitted):
+        return "ynn" in jitted.lower(values).compile().as_text().lower()
+
+    assert not fuses(function.vm.jit_fn)
+    # by itself this jaxlib does, or has no such library
+    known = accepted_options(xla_cpu_experimental_ynn_fusion_type="")
+    assert fuses(jax.jit(lambda x: (x @ x.T).sum(axis=1))) == bool(known)
+
+
+def test_options_that_xla_does_not_have_are_left_out():
+    known = {"xla_cpu_enable_fast_math": False}
+    assert accepted_options(xla_of_another_day="", **known) == known
+
+
+def test_a_shape_may_be_an_input():
+    x, n = pt.vector("x"), pt.scalar("n", dtype="int64")
+    function = compile_function([x, n], [x.reshape((n, 2)).sum(axis=0)], backend="jax")
+    assert runs_on_jax(function)
+    values = np.arange(12.0)
+    assert_allclose(function(values, np.asarray(6))[0], [30, 36])
+    assert_allclose(function(values[:4], np.asarray(2))[0], [2, 4])
