@@ -1,5 +1,6 @@
 """Execute every notebook from the start, two at a time; an error, or one without outputs, fails."""
 
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +27,17 @@ if __name__ == "__main__":
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not notebooks:
         sys.exit("no notebooks found")
+    # a kernel that crashes says where
+    os.environ["PYTHONFAULTHANDLER"] = "1"
+    failed = []
     # compilation, most of what they do, keeps one core busy
     with ProcessPoolExecutor(2) as pool:
-        for done in as_completed([pool.submit(execute, path) for path in notebooks]):
-            print(done.result(), flush=True)
+        running = {pool.submit(execute, path): path.name for path in notebooks}
+        for done in as_completed(running):
+            if error := done.exception():
+                failed.append(running[done])
+                print(f"{running[done]}: {type(error).__name__}: {error}", flush=True)
+            else:
+                print(done.result(), flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
