@@ -5,18 +5,23 @@ Posteriors, data and references are in ``posteriors/`` with their origins and li
     python benchmarks/references.py --method flow --seeds 1 2 3 --output benchmarks/results/flow.md
 
 CPU seconds run from the call of ``pm.fit`` to its result, compilation included; seconds by stage are
-wall time. ``NUTS`` columns are ``verified.json``'s: nutpie, 4 chains of 1000 + 1000 draws, on another
-day; ``--method nuts`` makes the same fits beside the others. ``--keep FOLDER`` keeps draws, for
-``verdicts.py``.
+wall time. Each seed has a process of its own and begins, as a new machine does, with nothing compiled:
+NUTS's numba keeps what it compiled for the next process. ``NUTS`` columns are ``verified.json``'s:
+nutpie, 4 chains of 1000 + 1000 draws, on another day; ``--method nuts`` makes the same fits beside the
+others. ``--keep FOLDER`` keeps draws, for ``verdicts.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
+import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +179,31 @@ def summarise(rows, nuts):
     return "; ".join(parts) + "."
 
 
+def fits(seed, options):
+    """All posteriors of one seed: lines of the table, and what they come to."""
+    nuts = json.loads((HERE / "posteriors" / "verified.json").read_text())
+    rows, lines = {}, []
+    for name in options.posteriors:
+        try:
+            rows[name] = fit(name, options.method, seed, options.keep)
+        except Exception as error:
+            lines.append(f"| {name} | {seed} | failed: {type(error).__name__} |")
+        else:
+            lines.append(line(name, seed, rows[name], nuts[name]))
+        print(lines[-1], flush=True)
+    summary = f"- Seed {seed}: {summarise(rows, nuts)}"
+    if len(rows) < len(lines):
+        summary += f" {len(lines) - len(rows)} failed."
+    print(summary, flush=True)
+    return lines, summary
+
+
+def compile_into(folder):
+    """Let PyTensor keep what it compiles in a folder; before it is imported."""
+    flags = os.environ.get("PYTENSOR_FLAGS", "")
+    os.environ["PYTENSOR_FLAGS"] = ",".join(filter(None, [flags, f"base_compiledir={folder}"]))
+
+
 def main() -> None:
     import machine
     import models
@@ -185,7 +215,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
-    nuts = json.loads((HERE / "posteriors" / "verified.json").read_text())
     head = (
         "posterior | seed | grade | mean error | sd ratios | W1 (floor) | ELBO (start's) | k-hat "
         "| gradients | CPU s | compile + start + training, s | NUTS's gradients | NUTS's CPU s"
@@ -201,26 +230,18 @@ def main() -> None:
         "|" + "---|" * (head.count("|") + 1),
     ]
     summaries = []
+    spawn = multiprocessing.get_context("spawn")
     for seed in options.seeds:
-        rows = {}
-        for name in options.posteriors:
-            try:
-                rows[name] = fit(name, options.method, seed, options.keep)
-            except Exception as error:
-                report.append(f"| {name} | {seed} | failed: {type(error).__name__} |")
-            else:
-                report.append(line(name, seed, rows[name], nuts[name]))
-            print(report[-1], flush=True)
-            if options.output:
-                options.output.parent.mkdir(exist_ok=True)
-                options.output.write_text("\n".join([*report, "", *summaries, ""]))
-        failed = len(options.posteriors) - len(rows)
-        summaries.append(
-            f"- Seed {seed}: {summarise(rows, nuts)}" + f" {failed} failed." * bool(failed)
-        )
-        print(summaries[-1])
-    if options.output:
-        options.output.write_text("\n".join([*report, "", *summaries, ""]))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(1, spawn, initializer=compile_into, initargs=(folder,)) as process,
+        ):
+            lines, summary = process.submit(fits, seed, options).result()
+        report += lines
+        summaries.append(summary)
+        if options.output:
+            options.output.parent.mkdir(exist_ok=True)
+            options.output.write_text("\n".join([*report, "", *summaries, ""]))
 
 
 if __name__ == "__main__":
