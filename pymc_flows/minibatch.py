@@ -65,7 +65,8 @@ def whole_model(model: Model) -> Model:
     Raises
     ------
     NotImplementedInference
-        For a distribution that keeps the minibatches' size in a graph of its own, such as a mixture.
+        For a distribution that keeps the minibatches' size in a graph of its own, such as a mixture,
+        and for a model that has their size written in it, such as in a reshape.
     """
     if not has_minibatch(model):
         return model
@@ -102,13 +103,19 @@ def _made_of(node: Apply, inputs: list[Variable]) -> list[Variable]:
     if isinstance(node.op, OpFromGraph):
         for old, new in zip(node.inputs, inputs, strict=True):
             if not _fits(new.type, old.type):
-                raise NotImplementedInference(
-                    "the model on all of its data, on which log_p rests, can't be made from this one: "
-                    f"{type(node.op).__name__} keeps its minibatches' size, shape {old.type.shape} "
-                    f"where all data have {new.type.shape}. Build the model once more on all data, "
-                    "without pm.Minibatch, and draw in its context: with whole: approx.sample()"
-                )
-    return node.clone_with_new_inputs(inputs, strict=False).outputs
+                raise _refusal(node, f"shape {old.type.shape} where all data have {new.type.shape}")
+    try:
+        return node.clone_with_new_inputs(inputs, strict=False).outputs
+    except ValueError as error:
+        raise _refusal(node, str(error)) from error
+
+
+def _refusal(node: Apply, why: str) -> NotImplementedInference:
+    return NotImplementedInference(
+        "the model on all of its data, on which log_p rests, can't be made from this one: "
+        f"{type(node.op).__name__} keeps its minibatches' size, {why}. Build the model once more on "
+        "all data, without pm.Minibatch, and draw in its context: with whole: approx.sample()"
+    )
 
 
 def _fits(new, old) -> bool:

@@ -125,6 +125,29 @@ def test_draws_of_a_classifier_have_all_data_in_log_p(python):
     assert result.posterior["eta"].shape == (1, 3, N, 2)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "match"),
+    [
+        (
+            lambda y, eta, **size: pm.Normal(
+                y.name, eta.reshape((BATCH, 1, 2)).sum(axis=(1, 2)), observed=y, **size
+            ),
+            r"Reshape keeps its minibatches' size, .*\(70, 2\)",
+        ),
+        (
+            lambda y, eta, **size: pm.Normal(
+                y.name, eta[:, 0] + np.arange(BATCH), observed=y, **size
+            ),
+            "Elemwise keeps its minibatches' size, .* Build the model once more on all data",
+        ),
+    ],
+    ids=["reshape", "constant"],
+)
+def test_a_size_written_in_the_model_says_what_to_do(likelihood, match):
+    with pytest.raises(NotImplementedInference, match=match):
+        whole_model(regression(PAIRS[:, 0], likelihood, minibatch=True))
+
+
 def test_a_mixture_of_minibatches_says_what_to_do():
     def inflated(y, eta, **size):
         pm.ZeroInflatedPoisson(y.name, psi=0.5, mu=pt.exp(eta[:, 0]), observed=y, **size)
