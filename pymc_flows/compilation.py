@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
-from numpy.polynomial import Chebyshev, Polynomial
 from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
 from pytensor.compile.mode import OPT_FAST_RUN, Mode, get_mode
@@ -47,10 +46,14 @@ def _interpreter() -> Mode:
     return Mode(linker, OPT_FAST_RUN.excluding("fusion", "cxx_only", "BlasOpt"))
 
 
-# atanh(s) / s in powers of s², for s up to 1/3, to rounding: Taylor's series, economized
-_TAYLOR = Polynomial(1 / (2 * np.arange(20) + 1))
-_ECONOMIZED = _TAYLOR.convert(domain=[0, 1 / 9], kind=Chebyshev).truncate(11)
-ATANH = _ECONOMIZED.convert(domain=[-1, 1], kind=Polynomial).coef
+@functools.cache
+def _atanh_series() -> np.ndarray:
+    """atanh(s) / s in powers of s², for s up to 1/3, to rounding: Taylor's series, economized."""
+    from numpy.polynomial import Chebyshev, Polynomial
+
+    taylor = Polynomial(1 / (2 * np.arange(20) + 1))
+    economized = taylor.convert(domain=[0, 1 / 9], kind=Chebyshev).truncate(11)
+    return economized.convert(domain=[-1, 1], kind=Polynomial).coef
 
 
 def log1p_of_share(x):
@@ -58,7 +61,7 @@ def log1p_of_share(x):
 
     It is 2 atanh(x / (2 + x)).
     """
-    coefficients = ATANH.astype(x.dtype)
+    coefficients = _atanh_series().astype(x.dtype)
     s = x / (2 + x)
     squared, series = s * s, coefficients[-1]
     for coefficient in coefficients[-2::-1]:
