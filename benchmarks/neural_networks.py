@@ -218,33 +218,40 @@ def networks(seed: int, n: int) -> list:
     return found
 
 
+def minimise(weights: list, gradients, steps: int, rate: float = 3e-3) -> list:
+    """Weights after steps of Adam; ``gradients`` gives those of a list of weights."""
+    memory = [(np.zeros_like(w), np.zeros_like(w)) for w in weights]
+    for step in range(1, steps + 1):
+        rate_now = rate * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        for i, gradient in enumerate(gradients(weights)):
+            first, second = memory[i]
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            memory[i] = first, second
+            weights[i] = weights[i] - rate_now * first / (np.sqrt(second) + 1e-8)
+    return weights
+
+
 def dropout(seed: int, rate: float = 0.3, steps: int = 4000, draws: int = 200):
     """Predictions of a network trained, and used, with dropout (Gal & Ghahramani 2016)."""
     (images, labels), _, _ = digits()
     rng = np.random.default_rng(seed)
     n_in = images.shape[1]
-    weights = [
-        rng.normal(size=(n_in, HIDDEN)) / n_in**0.5,
-        rng.normal(size=(HIDDEN, len(KNOWN))) / HIDDEN**0.5,
-    ]
-    memory = [(np.zeros_like(w), np.zeros_like(w)) for w in weights]
-    for step in range(1, steps + 1):
+
+    def gradients(weights):
         rows = rng.choice(len(images), BATCH, replace=False)
         mask = (rng.random((BATCH, HIDDEN)) > rate) / (1 - rate)
         hidden = np.tanh(images[rows] @ weights[0])
         p = softmax((hidden * mask) @ weights[1])
         p[np.arange(BATCH), labels[rows]] -= 1
         back = (p @ weights[1].T) * mask * (1 - hidden**2)
+        found = [images[rows].T @ back / BATCH, (hidden * mask).T @ p / BATCH]
         # the norm's weight is that of a unit normal prior
-        gradients = [images[rows].T @ back / BATCH, (hidden * mask).T @ p / BATCH]
-        for i, gradient in enumerate(gradients):
-            gradient = gradient + weights[i] / len(images)
-            first, second = memory[i]
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            memory[i] = first, second
-            rate_now = 3e-3 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-            weights[i] = weights[i] - rate_now * first / (np.sqrt(second) + 1e-8)
+        return [g + w / len(images) for g, w in zip(found, weights, strict=True)]
+
+    first = rng.normal(size=(n_in, HIDDEN)) / n_in**0.5
+    last = rng.normal(size=(HIDDEN, len(KNOWN))) / HIDDEN**0.5
+    weights = minimise([first, last], gradients, steps)
 
     def predict(x):
         hidden = np.tanh(x @ weights[0])
