@@ -7,9 +7,6 @@ The digits and what is judged are those of ``neural_networks.py``. ::
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pymc as pm
@@ -18,7 +15,8 @@ from neural_networks import (
     BATCH,
     DIGITS,
     KNOWN,
-    TRAINED,
+    about_digits,
+    command,
     digits,
     fit,
     judged,
@@ -138,11 +136,9 @@ def report(rows: pd.DataFrame) -> str:
         [
             "# Digits by a convolutional network",
             "",
-            f"{TRAINED} images of the digits 0 to 7 to train on, in minibatches of {BATCH}, the others to test; "
-            f"8 and 9 are the unknown classes. {FILTERS} filters of {SIZE} x {SIZE}, tanh units, means of two by "
-            "two of them, classes; weights N(0, 1) a priori. Mean and standard error over seeds. Entropies in "
-            f"nats, of at most {np.log(len(KNOWN)):.2f}; ece is the expected calibration error; auroc, how often "
-            "the entropy of an unknown image is above that of a known one.",
+            about_digits(
+                f"{FILTERS} filters of {SIZE} x {SIZE}, tanh units, means of two by two of them"
+            ),
             "",
             *table(rows),
             "",
@@ -156,18 +152,11 @@ def report(rows: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    rows = []
-    for seed in options.seeds:
-        rows += classifiers(seed)
-        print(pd.DataFrame(rows[-5:]).round(4).to_string(), flush=True)
-    text = report(pd.DataFrame(rows))
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+    def make(options):
+        seeds = range(1, options.seeds + 1)
+        return report(pd.DataFrame([row for seed in seeds for row in classifiers(seed)]))
+
+    command(__doc__, make)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import functools
 import resource
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,16 @@ def classifiers(seeds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def about_digits(network: str) -> str:
+    """What the table of a network's digits shows."""
+    return (
+        f"{TRAINED} images of the digits 0 to 7 to train on, in minibatches of {BATCH}, the others to test; "
+        f"8 and 9 are the unknown classes. {network}, weights N(0, 1) a priori; entropies in nats, of at most "
+        f"{np.log(len(KNOWN)):.2f}; ece is the expected calibration error; auroc, how often the "
+        "entropy of an unknown image is above that of a known one."
+    )
+
+
 def table(rows: pd.DataFrame) -> list[str]:
     """Mean and standard error over seeds, a line each method, as Markdown."""
     columns = [c for c in rows if c not in ("method", "seed")]
@@ -329,10 +340,7 @@ def report(regression: pd.DataFrame, classification: pd.DataFrame) -> str:
             "",
             "## Digits",
             "",
-            f"{TRAINED} images of the digits 0 to 7 to train on, in minibatches of {BATCH}, the others to test; "
-            f"8 and 9 are the unknown classes. {HIDDEN} hidden units, weights N(0, 1) a priori; entropies in nats, of at most "
-            f"{np.log(len(KNOWN)):.2f}; ece is the expected calibration error; auroc, how often the "
-            "entropy of an unknown image is above that of a known one.",
+            about_digits(f"{HIDDEN} hidden units"),
             "",
             *table(classification),
             "",
@@ -346,18 +354,27 @@ def report(regression: pd.DataFrame, classification: pd.DataFrame) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=4000, help="of each chain of NUTS")
+def command(description: str, make: Callable[[argparse.Namespace], str], **more) -> None:
+    """Read the command line, print the report that is made of it, and write it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 1")
+    for name, (default, meaning) in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
-    text = report(toy(options.seeds, options.draws), classifiers(options.seeds))
+    text = make(options)
     print(text)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
         options.output.write_text(text)
+
+
+def main() -> None:
+    def make(options):
+        return report(toy(options.seeds, options.draws), classifiers(options.seeds))
+
+    command(__doc__, make, draws=(4000, "of each chain of NUTS"))
 
 
 if __name__ == "__main__":
