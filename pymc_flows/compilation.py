@@ -88,7 +88,7 @@ class PlainSoftplus(NodeRewriter):
 class PlainLinker(JAXLinker):
     """JAX's linker, without the library that XLA fuses operations of a CPU with (YNN).
 
-    With jaxlib 0.12 it reads beyond its memory, and ends the process, for a spline of 8000 points.
+    That of jaxlib 0.12 ended the process, by a segmentation fault, on a spline of 8442 points.
     """
 
     def jit_compile(self, fn):
