@@ -550,23 +550,22 @@ class _Climb:
         x, pairs = self.history[k][when]
         if x.size > WRITTEN_MAX_DIM:
             return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
-        inverse = np.array([_quasi_newton(row, pairs) for row in np.eye(x.size)])
-        return Gaussian(x, _root(inverse))
+        return Gaussian(x, _root(_quasi_newton(np.eye(x.size), pairs)))
 
 
-def _quasi_newton(score, pairs):
-    """Inverse Hessian of -log p, as the pairs have it, times a score (two-loop recursion)."""
-    step, alphas = score.copy(), []
+def _quasi_newton(scores, pairs):
+    """Inverse Hessian of -log p, as the pairs have it, times scores (..., dim); two-loop recursion."""
+    steps, alphas = scores.copy(), []
     for moved, turned in reversed(pairs):
-        alpha = moved @ step / (moved @ turned)
-        step -= alpha * turned
+        alpha = (steps @ moved)[..., None] / (moved @ turned)
+        steps -= alpha * turned
         alphas.append(alpha)
     if pairs:
         moved, turned = pairs[-1]
-        step *= moved @ turned / (turned @ turned)
+        steps *= moved @ turned / (turned @ turned)
     for (moved, turned), alpha in zip(pairs, reversed(alphas), strict=True):
-        step += (alpha - turned @ step / (moved @ turned)) * moved
-    return step
+        steps += (alpha - (steps @ turned)[..., None] / (moved @ turned)) * moved
+    return steps
 
 
 def _inverse_diagonal(pairs, dim):

@@ -247,6 +247,19 @@ def test_polish_climbs_to_the_mode_in_any_units():
     assert np.abs((polished.loc - loc) / np.sqrt(np.diag(covariance))).max() < 1e-3
 
 
+def test_the_curvature_that_a_climb_knows_gives_back_its_last_turn():
+    covariance = badly_scaled()[1]
+    rng = np.random.default_rng(3)
+    moves = np.linalg.cholesky(covariance) @ rng.normal(size=(4, 3))
+    pairs = [(move, np.linalg.solve(covariance, move)) for move in moves.T]
+    inverse = initialization._quasi_newton(np.eye(4), pairs)
+    assert_allclose(inverse, inverse.T, rtol=1e-9, atol=1e-9 * np.abs(inverse).max())
+    assert (np.linalg.eigvalsh(inverse) > 0).all()
+    moved, turned = pairs[-1]
+    assert_allclose(turned @ inverse, moved, rtol=1e-6)
+    assert_allclose(initialization._quasi_newton(turned, pairs), moved, rtol=1e-6)
+
+
 def test_settling_is_where_the_elbo_is_stationary():
     """For exp(x) - type skewness: log p = a x - exp(x) has the KL-optimal Gaussian in closed form."""
     a = 5.0
