@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,16 @@ import pytensor
 import pytensor.tensor as pt
 from pymc.pytensorf import compile as pymc_compile
 from pymc.pytensorf import resolve_backend_compile_kwargs
+from pytensor.compile.builders import OpFromGraph
 from pytensor.compile.mode import OPT_FAST_RUN, Mode, get_mode
+from pytensor.graph.fg import FrozenFunctionGraph, FunctionGraph
 from pytensor.graph.rewriting.basic import NodeRewriter, in2out
 from pytensor.link.jax.linker import JAXLinker
 from pytensor.link.vm import VMLinker
+from pytensor.scan.op import Scan
 from pytensor.tensor.math import neg, softplus
 
-from pymc_flows.loops import LoopRows, teach_jax
+from pymc_flows.loops import Loop, LoopRows, teach_jax
 from pymc_flows.warning import warn_user
 
 
@@ -85,10 +89,16 @@ class PlainSoftplus(NodeRewriter):
         return [result.astype(node.outputs[0].dtype)]
 
 
-class PlainLinker(JAXLinker):
-    """JAX's linker, without the library that XLA fuses operations of a CPU with (YNN).
+# elements of a graph's largest array from which on it is worth it to share operations out to threads
+WORTH_SHARING = 2**17
 
-    That of jaxlib 0.12 ended the process, by a segmentation fault, on a spline of 8442 points.
+
+class PlainLinker(JAXLinker):
+    """JAX's linker, without two things that XLA does on a CPU.
+
+    The library that it fuses operations with (YNN): that of jaxlib 0.12 ended the process, by a
+    segmentation fault, on a spline of 8442 points. And, where all arrays are small, the division
+    of operations among threads, which then wait for each other for longer than they work.
     """
 
     def jit_compile(self, fn):
@@ -97,10 +107,33 @@ class PlainLinker(JAXLinker):
 
         static = self.scalar_shape_inputs
         options = accepted_options(xla_cpu_experimental_ynn_fusion_type="")
+        if largest_array(self.fgraph) < WORTH_SHARING:
+            options = options | accepted_options(
+                xla_disable_hlo_passes="cpu-parallel-task-assigner"
+            )
         jitted = jax.jit(fn, static_argnums=static, compiler_options=options)
         if not static:
             return jitted
         return lambda *args: jitted(*(int(a) if i in static else a for i, a in enumerate(args)))
+
+
+def largest_array(fgraph: FunctionGraph | FrozenFunctionGraph) -> float:
+    """Elements of the largest array that a graph computes, inf where a shape is not known.
+
+    Of a graph with loops, what these compute counts alone: that is where the time goes.
+    """
+    nodes = fgraph.toposort()
+    loops = [node for node in nodes if isinstance(node.op, Scan)]
+    sizes = [0.0]
+    for node in loops or nodes:
+        if isinstance(node.op, Scan | OpFromGraph):
+            sizes.append(largest_array(node.op.fgraph))
+        elif isinstance(node.op, Loop):
+            sizes.append(largest_array(node.op.op.fgraph))
+        else:
+            shapes = [getattr(out.type, "shape", ()) for out in node.outputs]
+            sizes += [math.inf if None in shape else math.prod(shape) for shape in shapes]
+    return max(sizes)
 
 
 @functools.cache

@@ -1,12 +1,19 @@
 """What is rewritten for JAX gives what it gave before."""
 
 import numpy as np
+import pytensor
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from scipy import special
 
-from pymc_flows.compilation import accepted_options, compile_function, runs_on_jax
+from pymc_flows.compilation import (
+    WORTH_SHARING,
+    accepted_options,
+    compile_function,
+    largest_array,
+    runs_on_jax,
+)
 
 jax = pytest.importorskip("jax")
 
@@ -41,6 +48,39 @@ def test_xla_fuses_nothing_with_the_library_that_ended_the_process():
     assert not fuses(function.vm.jit_fn)
     if not fuses(jax.jit(lambda x: (x @ x.T).sum(axis=1))):
         pytest.skip("this XLA uses no such library by itself")
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_operations_are_shared_out_to_threads_only_where_arrays_are_large(rows):
+    x = pt.matrix("x", shape=(rows, 1000))
+    function = compile_function([x], [pt.exp(x) / 3], backend="jax")
+    values = np.random.default_rng(1).normal(size=x.type.shape)
+    assert_allclose(function(values)[0], np.exp(values) / 3)
+
+    def shares(jitted):
+        return "outer_dimension_partitions" in jitted.lower(values).compile().as_text()
+
+    if not shares(jax.jit(lambda x: jax.numpy.exp(x) / 3)):
+        pytest.skip("this XLA shares nothing out by itself")
+    assert shares(function.vm.jit_fn) == (values.size >= WORTH_SHARING)
+
+
+def test_the_largest_array_is_that_of_the_loops_where_there_are_some():
+    x = pt.matrix("x", shape=(30, 4))
+
+    def largest(*outputs):
+        return largest_array(compile_function([x], outputs, backend="jax").maker.fgraph)
+
+    def step(row, before):
+        return pt.exp(row[:, None] * row[None, :] - before).mean()
+
+    first = pt.zeros(())
+    sums = pytensor.scan(step, sequences=[x], outputs_info=[first], return_updates=False)
+    assert largest(pt.exp(x)) == 120
+    assert largest(pt.exp(pt.outer(x[:, 0], x[:, 0])), x.sum()) == 900
+    assert largest(pt.exp(pt.outer(x[:, 0], x[:, 0])), sums) == 16
+    y = pt.vector("y")
+    assert largest_array(compile_function([y], [y + 1], backend="jax").maker.fgraph) == np.inf
 
 
 def test_options_that_xla_does_not_have_are_left_out():
