@@ -174,8 +174,10 @@ def flow(
     tails : bool, default True
         End in sinh-arcsinh tails (Jones & Pewsey 2009), one weight a side and dimension.
     """
-    family = realnvp if dim > 1 else nsf
-    couplings = family(dim, n_layers=n_layers, hidden=hidden, affine=affine).layers
+    if dim > 1:
+        couplings = _couplings(dim, Affine(), n_layers, hidden, affine, single=True).layers
+    else:
+        couplings = nsf(dim, n_layers=n_layers, hidden=hidden, affine=affine).layers
     return Chain([*couplings, Tails(dim)] if tails else couplings)
 
 
@@ -536,8 +538,8 @@ def _gates(dim, n_layers, hidden) -> list[Bijection]:
     return [GatedCoupling(dim, mask, hidden) for mask in masks]
 
 
-def _couplings(dim, transformer, n_layers, hidden, affine) -> Chain:
-    coupling = Coupling(dim, transformer, _widths(hidden))
+def _couplings(dim, transformer, n_layers, hidden, affine, **settings) -> Chain:
+    coupling = Coupling(dim, transformer, _widths(hidden), **settings)
     return Chain([coupling] * _at_least_one(n_layers=n_layers) + _affine(dim, affine))
 
 
