@@ -65,22 +65,30 @@ def test_operations_are_shared_out_to_threads_only_where_arrays_are_large(rows):
     assert shares(function.vm.jit_fn) == (values.size >= WORTH_SHARING)
 
 
-def test_the_largest_array_is_that_of_the_loops_where_there_are_some():
+def test_arrays_of_loops_count_most_where_there_are_some():
     x = pt.matrix("x", shape=(30, 4))
 
     def largest(*outputs):
         return largest_array(compile_function([x], outputs, backend="jax").maker.fgraph)
 
     def step(row, before):
-        return pt.exp(row[:, None] * row[None, :] - before).mean()
+        return pt.exp(row[:, None] * before - row[None, :]).mean()
 
     first = pt.zeros(())
     sums = pytensor.scan(step, sequences=[x], outputs_info=[first], return_updates=False)
     assert largest(pt.exp(x)) == 120
     assert largest(pt.exp(pt.outer(x[:, 0], x[:, 0])), x.sum()) == 900
-    assert largest(pt.exp(pt.outer(x[:, 0], x[:, 0])), sums) == 16
+    assert largest(pt.exp(x).sum(), sums) == 16
+    assert largest(pt.exp(pt.outer(x[:, 0], x[:, 0])), sums) == 900 / 8
     y = pt.vector("y")
     assert largest_array(compile_function([y], [y + 1], backend="jax").maker.fgraph) == np.inf
+
+
+def test_products_are_as_exact_as_their_precision_on_any_device():
+    x = pt.matrix("x", shape=(3, 3), dtype="float32")
+    function = compile_function([x], [x @ x], backend="jax")
+    lowered = function.vm.jit_fn.lower(np.eye(3, dtype="float32")).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in lowered
 
 
 def test_options_that_xla_does_not_have_are_left_out():
