@@ -160,7 +160,7 @@ def flow(
 
     What ``method="flow"`` trains where an affine map alone does not do. In one dimension, where a
     coupling has no other half to look at, splines in their place (:func:`nsf`). The conditioners
-    compute in single precision, which leaves densities as exact as they were.
+    compute in single precision, which leaves the density of a draw as exact as it was.
 
     Parameters
     ----------

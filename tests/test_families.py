@@ -84,6 +84,12 @@ def test_a_family_is_its_layers_then_an_affine_map(name):
     assert all(layer.dim == 3 for layer in flow.layers)
 
 
+@pytest.mark.parametrize("name", ["flow", "nice", "realnvp", "nsf"])
+def test_only_the_default_has_conditioners_in_single_precision(name):
+    couplings = [layer for layer in build_flow(name, 4).layers if isinstance(layer, Coupling)]
+    assert {layer.single for layer in couplings} == {name == "flow"}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_default_options_are_those_listed(name):
     options = FAMILIES[name].options
