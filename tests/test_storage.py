@@ -221,8 +221,8 @@ def test_damaged_truncated_and_foreign_files_are_told(kept, tmp_path):
 def test_files_of_later_versions_are_told(tmp_path, monkeypatch, python):
     monkeypatch.setattr(storage, "FORMAT_VERSION", 7)
     save(perturbed("scale-loc"), tmp_path / "fit.nc")
-    monkeypatch.setattr(storage, "FORMAT_VERSION", 1)
-    with pytest.raises(ValueError, match="of format 1 at most, got 7: a newer"):
+    monkeypatch.setattr(storage, "FORMAT_VERSION", 2)
+    with pytest.raises(ValueError, match="of format 2 at most, got 7: a newer"):
         load(tmp_path / "fit.nc", model())
 
 
@@ -315,3 +315,10 @@ def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
         pm.Deterministic("column", pm.math.stack([np.ones(3)] * 2, axis=1))
     with pytest.raises(ValueError, match="column, a group's context, must have 1 columns, got 2"):
         load(tmp_path / "fit.nc", other)
+
+
+def test_couplings_of_the_first_format_compute_in_double_precision():
+    saved = storage._of_layer(bijections.Coupling(3, hidden=(4,), single=True), "", {})
+    assert storage._layer_from(saved, {}) == bijections.Coupling(3, hidden=(4,), single=True)
+    del saved["settings"]["single"]
+    assert storage._layer_from(saved, {}) == bijections.Coupling(3, hidden=(4,))
