@@ -1,8 +1,8 @@
 """Digits by a convolutional network, as in Louizos & Welling 2017 (section 4.2).
 
-The digits and what is judged are those of ``neural_networks.py``; steps and draws are more, for fits of
-8,000 steps are not at their end, and 300 draws leave an error of 0.002 in the likelihood. NUTS, on all
-images at once, says what the posterior's own predictions are. ::
+The digits and what is judged are those of ``neural_networks.py``; steps and draws are more, for the
+difference in likelihood is small beside what fits of 8,000 steps still gain and 300 draws leave to chance.
+NUTS, on all images at once, says what the posterior's own predictions are. ::
 
     python benchmarks/convolutions.py --output benchmarks/results/convolutions.md
 """
