@@ -485,6 +485,7 @@ def mnf(
     sigma: float = 0.1,
     n_statistics: int = 16,
     rowwise: bool = True,
+    correlated: bool = False,
 ) -> Multiplicative:
     """Matrices whose rows have random multipliers (Louizos & Welling 2017, arXiv:1703.01961).
 
@@ -511,10 +512,15 @@ def mnf(
     rowwise : bool, default True
         Whether r(z|W) also knows what each row tells of its own multiplier, which is most of what there
         is to know; False is the paper's r.
+    correlated : bool, default False
+        Whether weights of a matrix are correlated beyond what their multipliers make them; the paper's
+        are not. Takes ``rows² + columns²`` weights more and factors of both sizes at each step, and
+        matrices are then drawn whole, without the local reparametrization.
     """
     rows, _ = shape
-    if not isinstance(rowwise, bool):
-        raise ValueError(f"rowwise must be True or False, got {rowwise!r}")
+    for name, value in {"rowwise": rowwise, "correlated": correlated}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
     standardized = Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))
     auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
@@ -529,6 +535,7 @@ def mnf(
         sigma=sigma,
         n_statistics=_at_least_one(n_statistics=n_statistics),
         rowwise=rowwise,
+        correlated=correlated,
     )
 
 

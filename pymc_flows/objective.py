@@ -208,11 +208,15 @@ def find_local_draws(
     for group in approx.groups:
         for name, _, shape, dtype in group.ordering.values():
             zeros[by_name[name]] = np.zeros(shape, dtype=dtype)
-            if not carries_score(group):
-                if len(shape) == 2:
-                    weights.append(by_name[name])
-                else:
-                    refused[name] = "it has more than two dimensions"
+        if carries_score(group):
+            continue
+        for (name, _, shape, _), layer in zip(group.ordering.values(), group.layers, strict=True):
+            if len(shape) > 2:
+                refused[name] = "it has more than two dimensions"
+            elif layer.correlated:
+                refused[name] = "its weights are correlated; correlated=False has them independent"
+            else:
+                weights.append(by_name[name])
     found, more = local_draws(likelihood, weights, n_draws, zeros)
     return found, refused | more
 

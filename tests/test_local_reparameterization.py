@@ -355,6 +355,15 @@ def test_two_matrices_of_one_product_are_not_both_drawn_so(transposed):
     found.substitute(approx.model.datalogp)
 
 
+def test_correlated_weights_are_drawn_whole():
+    approx = fitted(one_layer, correlated=True)
+    found, refused = find_local_draws(approx, 2)
+    assert found.names == ()
+    assert "its weights are correlated; correlated=False has them" in refused["weights"]
+    with pytest.raises(ValueError, match=r"that of 'weights' does not: its weights are correlated"):
+        pmf.NFVI(approx).fit(2, local_reparameterization=True, progressbar=False)
+
+
 def test_small_integers_have_room_for_their_squares():
     """And data of a matrix's name are not taken for it; nor does a flat prior's slope have to exist."""
     pixels = np.array([[200, 100, 250], [0, 1, 255]], dtype="uint8")

@@ -99,13 +99,24 @@ def gates(layers, z, flat):
     return z, log_det
 
 
+def factors(w):
+    return [np.eye(len(w[side])) + 0.1 * np.tril(w[side], -1) for side in ("left", "right")]
+
+
+def covariance(w):
+    """Of correlated weights given their multipliers, row by row."""
+    sd, (left, right) = np.exp(w["log_sd"]).ravel(), factors(w)
+    return np.outer(sd, sd) * np.kron(left @ left.T, right @ right.T)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (4, 3)])
 @pytest.mark.parametrize("n_statistics", [1, 3])
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 @pytest.mark.parametrize("rowwise", [False, True])
-def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, rowwise):
+@pytest.mark.parametrize("correlated", [False, True])
+def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, rowwise, correlated):
     """The paper's r has one statistic of W, several add up; rowwise, it sees z less what rows tell."""
-    options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise}
+    options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise, "correlated": correlated}
     layer = mnf(shape, **options, dropout=0.3)
     rows, columns = shape
     noise = np.random.default_rng(4).normal(size=(16, layer.noise_dim))
@@ -115,14 +126,21 @@ def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, roww
     z, log_det = gates(layer.flow.layers, z0, w["flow"])
     log_q_z = stats.norm.logpdf(z0, w["z_mean"], np.exp(w["z_log_sd"])).sum(axis=1) - log_det
     mean, sd = z[:, :, None] * w["mean"], np.exp(w["log_sd"])
-    matrix = mean + sd * noise[:, rows:].reshape(-1, rows, columns)
-    log_q_w = stats.norm.logpdf(matrix, mean, sd).sum(axis=(1, 2))
+    cov = covariance(w) if correlated else np.diag(sd.ravel() ** 2)
+    left, right = factors(w) if correlated else (np.eye(rows), np.eye(columns))
+    matrix = mean + sd * (left @ noise[:, rows:].reshape(-1, rows, columns) @ right.T)
+    rest = (matrix - mean).reshape(len(z), -1)
+    log_q_w = stats.multivariate_normal(np.zeros(rows * columns), cov).logpdf(rest)
     seen, log_scale = z, 0.0
     if rowwise:
-        # Bayes's rule for the multiplier of a row's regression on its means
-        variance = 1 / (np.exp(w["r_log_precision"]) + (w["mean"] ** 2 / sd**2).sum(axis=1))
-        told = (matrix * w["mean"] / sd**2).sum(axis=2) + np.exp(w["r_log_precision"]) * w["r_mean"]
-        seen, log_scale = (z - variance * told) / variance**0.5, -np.log(variance).sum() / 2
+        # Bayes's rule for the regression of all elements on their rows' multipliers
+        design = w["mean"].reshape(-1, 1) * np.repeat(np.eye(rows), columns, axis=0)
+        prior, told = np.diag(np.exp(w["r_log_precision"])), np.linalg.solve(cov, design)
+        precision = prior + design.T @ told
+        rhs = matrix.reshape(len(z), -1) @ told + prior @ w["r_mean"]
+        standard = np.linalg.cholesky(precision)
+        seen = (z - np.linalg.solve(precision, rhs.T).T) @ standard
+        log_scale = np.log(np.diag(standard)).sum()
     z_b, log_det_r = gates(layer.auxiliary.layers, seen, w["auxiliary"])
     log_r = log_det_r + log_scale
     for d in range(len(z)):
@@ -159,6 +177,41 @@ def test_rowwise_auxiliary_is_exact_for_gaussian_multipliers():
     assert_allclose(log_q, exact, rtol=1e-10)
 
 
+def test_auxiliary_of_correlated_weights_is_exact_for_gaussian_multipliers():
+    """The matrix is then Gaussian, of what the multipliers add to its own covariance."""
+    rows, columns = 3, 4
+    layer = Multiplicative(
+        (rows, columns), Loc(rows), Loc(rows), dropout=0.3, rowwise=True, correlated=True
+    )
+    rng = np.random.default_rng(1)
+    weights = layer.init(rng)
+    weights["log_sd"] = rng.normal(-1, 0.5, size=(rows, columns))
+    weights["left"], weights["right"] = (5 * rng.normal(size=(n, n)) for n in layer.shape)
+    noise = rng.normal(size=(10, layer.noise_dim))
+    n, p = pt.matrix(shape=noise.shape), pt.vector(shape=(layer.n_weights,))
+    found = pytensor.function([n, p], layer.draw(n, Params(p, layer.weight_shapes)), mode=PYTHON)
+    drawn, log_q = found(noise, flatten(weights))
+    design = weights["mean"].reshape(-1, 1) * np.repeat(np.eye(rows), columns, axis=0)
+    law = stats.multivariate_normal(
+        weights["mean"].ravel(), 0.3 / 0.7 * design @ design.T + covariance(weights)
+    )
+    assert_allclose(log_q, law.logpdf(drawn), rtol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["JAX", "NUMBA"])
+def test_backends_agree_on_correlated_weights(mode):
+    pytest.importorskip(mode.lower())
+    layer = Multiplicative((4, 3), Loc(4), Loc(4), rowwise=True, correlated=True)
+    noise = np.random.default_rng(4).normal(size=(2, layer.noise_dim))
+    flat = perturbed(layer)
+    n, p = pt.matrix(shape=noise.shape), pt.vector(shape=flat.shape)
+    drawn, log_q = layer.draw(n, Params(p, layer.weight_shapes))
+    outputs = [drawn, log_q, pt.grad(drawn.sum() + log_q.sum(), p)]
+    found = [pytensor.function([n, p], outputs, mode=m)(noise, flat) for m in (PYTHON, mode)]
+    for one, two in zip(*found, strict=True):
+        assert_allclose(one, two, rtol=1e-9, atol=1e-10)
+
+
 def test_rows_of_kernels_are_their_first_dimension():
     with pm.Model() as model:
         pm.Normal("kernels", shape=(3, 2, 2, 2))
@@ -172,9 +225,10 @@ def test_rows_of_kernels_are_their_first_dimension():
     assert ratios[:, :, 0].std(axis=0).min() > 0.05
 
 
+@pytest.mark.parametrize("correlated", [False, True])
 @pytest.mark.parametrize("size", [1e3, -1e3])
-def test_extreme_weights_and_noise_stay_finite(size):
-    layer = mnf((3, 2), **SMALL)
+def test_extreme_weights_and_noise_stay_finite(size, correlated):
+    layer = mnf((3, 2), **SMALL, correlated=correlated)
     n, p = pt.matrix(shape=(4, layer.noise_dim)), pt.vector(shape=(layer.n_weights,))
     drawn, log_q = layer.draw(n, Params(p, layer.weight_shapes))
     gradient = pt.grad(log_q.sum() + drawn.sum(), p)
@@ -192,6 +246,7 @@ def test_extreme_weights_and_noise_stay_finite(size):
         ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
         ({"n_statistics": 0}, "n_statistics must be a whole number of at least 1, got 0"),
         ({"rowwise": 1}, "rowwise must be True or False, got 1"),
+        ({"correlated": "rows"}, "correlated must be True or False, got 'rows'"),
         ({"dropout": 1.0}, "dropout must be between 0 and 1, got 1.0"),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
     ],
@@ -247,10 +302,12 @@ def loss_function(approx, n_draws, gradient="stl"):
     ), objective
 
 
+@pytest.mark.parametrize("correlated", [False, True])
 @pytest.mark.parametrize("gradient", ["stl", "reparameterization"])
-def test_gradient_is_the_losses(gradient):
+def test_gradient_is_the_losses(gradient, correlated):
     model, _ = regression()
-    approx = pmf.FlowApproximation([MNFGroup(None, model=model, **SMALL)], model, random_seed=1)
+    group = MNFGroup(None, model=model, **SMALL, correlated=correlated)
+    approx = pmf.FlowApproximation([group], model, random_seed=1)
     perturb(approx)
     function, objective = loss_function(approx, 5, gradient)
     noise = np.random.default_rng(0).normal(size=objective.noise[0].type.shape)
@@ -460,11 +517,23 @@ def test_pymcs_own_ways_to_sample_know_the_noise():
     assert np.unique(drawn).size == 5
 
 
-def test_moments_are_those_of_draws():
+@pytest.mark.parametrize("correlated", [False, True])
+def test_moments_are_those_of_draws(correlated):
     model = network()
-    approx = mixed(model, dropout=0.4)
-    perturb(approx, 0.2)
+    approx = mixed(model, dropout=0.4, correlated=correlated)
     group = approx.groups[0]
+    if correlated:
+        # far from independent, which small perturbations would leave
+        weights = group.params[0].get_value()
+        first = 0
+        for layer in group.layers:
+            for name, shape in layer.weight_shapes.items():
+                size = int(np.prod(shape))
+                if name in ("left", "right"):
+                    weights[first : first + size] += 10
+                first += size
+        group.params[0].set_value(weights)
+    perturb(approx, 0.2)
     n = pt.matrix(shape=(20_000, group.noise_dim))
     outputs = [group.draws_and_log_q(n)[0], group.mean, group.std, group.cov]
     noise = np.random.default_rng(6).normal(size=n.type.shape)
@@ -478,10 +547,12 @@ def test_moments_are_those_of_draws():
     assert_allclose(np.corrcoef(draws.T), correlations, atol=0.08)
 
 
-def test_float32_all_through(python):
+@pytest.mark.parametrize("correlated", [False, True])
+def test_float32_all_through(correlated, python):
     with pytensor.config.change_flags(floatX="float32"):
         with network():
-            approx = pm.fit(5, method="mnf", inf_kwargs=SMALL, random_seed=1, progressbar=False)
+            options = {**SMALL, "correlated": correlated}
+            approx = pm.fit(5, method="mnf", inf_kwargs=options, random_seed=1, progressbar=False)
         idata = approx.sample(3, random_seed=1)
     assert approx.params[0].get_value().dtype == np.float32
     assert idata.posterior["first"].dtype == np.float32
@@ -538,9 +609,10 @@ def test_minibatches_estimate_the_loss_of_all_data(vectorize, python):
     assert abs(np.mean(parts) - whole) < 4 * np.std(parts) / len(parts) ** 0.5
 
 
-def test_what_a_file_keeps(python, tmp_path):
+@pytest.mark.parametrize("correlated", [False, True])
+def test_what_a_file_keeps(correlated, python, tmp_path):
     model = network()
-    approx = mixed(model)
+    approx = mixed(model, correlated=correlated)
     perturb(approx)
     pmf.save(approx, tmp_path / "fit.nc")
     again = pmf.load(tmp_path / "fit.nc", network())

@@ -14,6 +14,9 @@ from pymc_flows.bijections.base import Bijection, Params, Shapes, flatten, norma
 
 # of a gate at first: it leaves 95% of its input as it is
 OPEN_GATE = 3.0
+# of a unit triangular factor's entries, per unit of weight: at Adam's rates, whole units make it singular
+# within some tens of steps
+FACTOR_UNIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class Multiplicative:
     ``(z_i - E[z_i|W_i]) / sd[z_i|W_i]``, as conjugacy has it for a Gaussian ``z_i`` whose mean and
     precision are r's to learn. For multipliers that are Gaussian and independent, r is then exact.
 
+    Independent weights also can't turn from the directions in which the data know much of them. So with
+    ``correlated``, what they have beside the multipliers is ``W = z⊙μ + σ⊙(L ε R')``, L and R unit lower
+    triangular, which leaves ``ln q(W|z)`` as it is: with σ an outer product, the matrix Gaussian of
+    Louizos & Welling 2016 (arXiv:1603.04733). The law that r starts from is then given all of W.
+
     Parameters
     ----------
     shape : tuple of int
@@ -128,7 +136,10 @@ class Multiplicative:
     n_statistics : int, default 1
         Numbers by which r knows W.
     rowwise : bool, default False
-        Whether r also knows what each row tells of its multiplier; the paper's does not.
+        Whether r also knows what each row, or with ``correlated`` the matrix, tells of its multiplier;
+        the paper's does not.
+    correlated : bool, default False
+        Whether weights are correlated given the multipliers; takes ``rows² + columns²`` weights more.
     """
 
     shape: tuple[int, int]
@@ -138,6 +149,7 @@ class Multiplicative:
     sigma: float = 0.1
     n_statistics: int = 1
     rowwise: bool = False
+    correlated: bool = False
 
     def __post_init__(self):
         if len(self.shape) != 2 or min(self.shape) < 1:
@@ -168,6 +180,7 @@ class Multiplicative:
             "r_mean": np.ones(rows),
             "r_log_precision": np.full(rows, -2 * np.log(z_sd)),
         }
+        of_sides = {"left": np.zeros((rows, rows)), "right": np.zeros((columns, columns))}
         return {
             "mean": spread * rng.normal(size=self.shape),
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
@@ -180,6 +193,7 @@ class Multiplicative:
             "flow": flow,
             "auxiliary": auxiliary,
             **(of_rows if self.rowwise else {}),
+            **(of_sides if self.correlated else {}),
         }
 
     @functools.cached_property
@@ -213,7 +227,11 @@ class Multiplicative:
         base, own = noise[:, :rows], noise[:, rows:]
         z, log_q_z = self.multipliers(base, params)
         mean, log_sd = params["mean"], params["log_sd"]
-        w = z[:, :, None] * mean + pt.exp(log_sd) * own.reshape((-1, rows, columns))
+        own_matrix = own.reshape((-1, rows, columns))
+        if self.correlated:
+            left, right = self.factors(params)
+            own_matrix = left @ own_matrix @ right.T
+        w = z[:, :, None] * mean + pt.exp(log_sd) * own_matrix
         log_q = normal_log_density(own) - log_sd.sum() + log_q_z
         return w.reshape((-1, rows * columns)), log_q - self.log_auxiliary(z, w, params)
 
@@ -226,7 +244,10 @@ class Multiplicative:
     def log_auxiliary(self, z, w, params):
         """``ln r(z|W)`` (draws,) of z (draws, rows) and W (draws, rows, columns), in nats."""
         flat = Params(params["auxiliary"], self.auxiliary.weight_shapes)
-        z, log_scale = self._by_row(z, w, params) if self.rowwise else (z, 0.0)
+        log_scale = 0.0
+        if self.rowwise:
+            standardize = self._given_matrix if self.correlated else self._by_row
+            z, log_scale = standardize(z, w, params)
         z_b, log_det = self.auxiliary.forward(z, flat)
         # neither b depends on the column, so what is averaged over columns is a_jk alone
         rows, columns = self.shape
@@ -243,3 +264,37 @@ class Multiplicative:
         precision = prior + (mean**2 * weight).sum(axis=1)
         told = prior * params["r_mean"] + (mean * weight * w).sum(axis=2)
         return (z - told / precision) * pt.sqrt(precision), pt.log(precision).sum() / 2
+
+    def factors(self, params):
+        """L (rows, rows) and R (columns, columns), unit lower triangular."""
+        return [_unit_lower(params[side]) for side in ("left", "right")]
+
+    def _given_matrix(self, z, w, params):
+        """Standardise z (draws, rows) by its Gaussian law given all of W; log-det, a scalar.
+
+        With ``A = μ/σ``, ``K = (L L')^-1`` and ``H = (R R')^-1``, its precision is ``Λ = C C' = diag(p) + K⊙(A
+        H A')``; what is left of W, ``e = W/σ - z⊙A``, gives ``Λ (z - E[z|W]) = p⊙(z - m) - Σ_j (A⊙(K e
+        H))_j``, and ``C' (z - E[z|W])`` is standard normal.
+        """
+        sd, prior = pt.exp(params["log_sd"]), pt.exp(params["r_log_precision"])
+        steep = params["mean"] / sd
+        left, right = [_inverse_gram(factor) for factor in self.factors(params)]
+        rest = left @ (w / sd - z[:, :, None] * steep) @ right
+        pull = prior * (z - params["r_mean"]) - (steep * rest).sum(axis=2)
+        eye = np.eye(self.shape[0], dtype=sd.dtype)
+        factor = pt.linalg.cholesky(left * (steep @ right @ steep.T) + eye * prior)
+        standard = pt.linalg.solve_triangular(factor, pull.T, lower=True, b_ndim=2).T
+        return standard, pt.log((factor * eye).sum(axis=1)).sum()
+
+
+def _unit_lower(weights):
+    """Lower triangular (n, n), of which the diagonal is 1."""
+    (n, _), dtype = weights.type.shape, weights.dtype
+    return FACTOR_UNIT * weights * np.tri(n, k=-1, dtype=dtype) + np.eye(n, dtype=dtype)
+
+
+def _inverse_gram(factor):
+    """``(F F')^-1`` (n, n) of a triangular F."""
+    eye = np.eye(factor.type.shape[0], dtype=factor.dtype)
+    inverse = pt.linalg.solve_triangular(factor, eye, lower=True, b_ndim=2)
+    return inverse.T @ inverse
