@@ -139,7 +139,8 @@ class Multiplicative:
         Whether r also knows what each row, or with ``correlated`` the matrix, tells of its multiplier;
         the paper's does not.
     correlated : bool, default False
-        Whether weights are correlated given the multipliers; takes ``rows² + columns²`` weights more.
+        Whether weights are correlated given the multipliers; takes ``rows² + columns²`` weights more, of which
+        those above a diagonal do not count.
     """
 
     shape: tuple[int, int]
@@ -180,7 +181,7 @@ class Multiplicative:
             "r_mean": np.ones(rows),
             "r_log_precision": np.full(rows, -2 * np.log(z_sd)),
         }
-        of_sides = {"left": np.zeros((rows, rows)), "right": np.zeros((columns, columns))}
+        sides = {"left": rows, "right": columns} if self.correlated else {}
         return {
             "mean": spread * rng.normal(size=self.shape),
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
@@ -193,7 +194,7 @@ class Multiplicative:
             "flow": flow,
             "auxiliary": auxiliary,
             **(of_rows if self.rowwise else {}),
-            **(of_sides if self.correlated else {}),
+            **{side: np.zeros((n, n)) for side, n in sides.items()},
         }
 
     @functools.cached_property
