@@ -12,6 +12,7 @@ from pytensor.compile.mode import Mode
 from scipy import optimize, stats
 
 import pymc_flows as pmf
+from pymc_flows import storage
 from pymc_flows.bijections import GatedCoupling, Loc, Multiplicative, Params, flatten
 from pymc_flows.families import UnknownFlowError, mnf
 from pymc_flows.log_density import log_density
@@ -622,6 +623,13 @@ def test_what_a_file_keeps(correlated, python, tmp_path):
     assert_array_equal(one.sample_stats["log_q"], two.sample_stats["log_q"])
     assert repr(again.groups[0].layers) == repr(approx.groups[0].layers)
     pmf.NFVI(again).fit(3, progressbar=False)
+
+
+def test_files_from_before_weights_could_be_correlated_have_them_independent():
+    layer, arrays = mnf((3, 2), **SMALL), {}
+    saved = storage._of_layer(layer, "layer", arrays)
+    assert saved["settings"].pop("correlated") is False
+    assert repr(storage._layer_from(saved, arrays)) == repr(layer)
 
 
 def test_the_diagnosis_knows_what_its_weights_are_of(python):
