@@ -341,7 +341,10 @@ class NFVI(Inference):
 
 
 def _few_threads(model, backend, compile_kwargs):
-    """Keep linear algebra on JAX to one thread where matrices are small: more would wait busily."""
+    """Keep linear algebra on JAX to one thread where a model's matrices are small: more would wait busily.
+
+    Products are XLA's own, and it shares them out itself.
+    """
     if prefers_jax(backend, compile_kwargs) and largest_side(model) <= SMALL_SIDE:
         # JAX calls SciPy's, and only what is loaded can be limited
         importlib.import_module("scipy.linalg")

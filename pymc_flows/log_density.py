@@ -149,13 +149,19 @@ def _has_large_matrices(graphs, values):
 
 
 def largest_side(model: Model) -> float:
-    """Longest side of the matrices that a model computes from its variables; inf if it is not known."""
-    sides = [
-        np.inf if n is None else n
-        for shape in _matrices([model.logp()], set(model.value_vars))
-        for n in shape
-    ]
+    """Longest side of the matrices that a model factors, or solves with; inf if it is not known."""
+    graph, values = [model.logp()], set(model.value_vars)
+    used = [v for a in ancestors(graph) if _is_linear_algebra(a) for v in (a, *a.owner.inputs)]
+    sides = [np.inf if n is None else n for shape in _matrices(used, values) for n in shape]
     return max(sides, default=0)
+
+
+def _is_linear_algebra(variable):
+    """Whether a variable is computed by a library for linear algebra, and not by products alone."""
+    if variable.owner is None:
+        return False
+    op = getattr(variable.owner.op, "core_op", variable.owner.op)
+    return type(op).__module__.startswith("pytensor.tensor.linalg.")
 
 
 def has_large_matrices(model: Model) -> bool:

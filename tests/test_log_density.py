@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.sparse import csr_matrix
 
 from pymc_flows import FlowApproximation
-from pymc_flows.log_density import batch, log_density, value_slices
+from pymc_flows.log_density import batch, largest_side, log_density, value_slices
 
 
 def approximation_of(model, *order):
@@ -229,3 +229,31 @@ def test_a_loop_that_takes_one_draw_at_a_time_says_so(build, mode, why, python):
     point, slope = model.compile_logp(mode=python), model.compile_dlogp(mode=python)
     assert_allclose(found, [point({"rate": row}) for row in draws], rtol=1e-10)
     assert_allclose(score, [slope({"rate": row}) for row in draws], rtol=1e-8)
+
+
+def gaussian_process(n):
+    with pm.Model() as model:
+        kernel = pm.HalfNormal("scale") * pm.gp.cov.ExpQuad(1, ls=1)
+        points = np.linspace(0, 1, n)
+        gp = pm.gp.Marginal(cov_func=kernel)
+        gp.marginal_likelihood("y", X=points[:, None], y=points, sigma=0.1)
+    return model
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_the_largest_side_is_that_of_matrices_that_are_factored(n):
+    assert largest_side(gaussian_process(n)) == n
+
+
+@pytest.mark.parametrize("minibatches", [False, True])
+def test_products_need_no_library_for_linear_algebra(minibatches):
+    x = np.ones((600, 500))
+    batch_of = pm.Minibatch(x, batch_size=400) if minibatches else x
+    with pm.Model() as model:
+        weights = pm.Normal("weights", shape=(500, 300))
+        pm.Normal(
+            "y",
+            pt.tanh(batch_of @ weights).sum(axis=1),
+            observed=np.zeros(400 if minibatches else 600),
+        )
+    assert largest_side(model) == 0
