@@ -15,8 +15,8 @@ import pymc as pm
 import pytensor.tensor as pt
 from neural_networks import (
     BATCH,
-    CORRELATED,
     DIGITS,
+    INDEPENDENT,
     KNOWN,
     about_digits,
     against_mean_field,
@@ -120,7 +120,7 @@ def network(seed: int, rate: float = 0.0, steps: int = 4000, draws: int = 200):
 def classifiers(seed: int) -> list[dict]:
     """All methods, one seed."""
     rows = []
-    for method in (CORRELATED, "mnf", "mean field"):
+    for method in ("mnf", INDEPENDENT, "mean field"):
         approx, step = fit(model(), method, seed, OPTIONS)
         posterior = approx.sample(DRAWS, random_seed=seed).posterior
         rows.append(judged(method, seed, predictions(posterior)) | {"ms a step": step})

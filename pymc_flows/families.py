@@ -47,6 +47,8 @@ from pymc_flows.bijections import (
 DEFAULT_FAMILY = "flow"
 FULL_AFFINE_MAX_DIM = 200
 AFFINE_RANK = 10
+# of a matrix whose weights are correlated: at each step, factors of both sides are inverted
+CORRELATED_MAX_SIDE = 200
 SYLVESTER_RANK = 8
 # from here on the components of a mixture have scales only
 FULL_MIXTURE_MAX_DIM = 50
@@ -485,7 +487,7 @@ def mnf(
     sigma: float = 0.1,
     n_statistics: int = 16,
     rowwise: bool = True,
-    correlated: bool = False,
+    correlated: bool | None = None,
 ) -> Multiplicative:
     """Matrices whose rows have random multipliers (Louizos & Welling 2017, arXiv:1703.01961).
 
@@ -512,12 +514,15 @@ def mnf(
     rowwise : bool, default True
         Whether r(z|W) also knows what each row tells of its own multiplier, which is most of what there
         is to know; False is the paper's r.
-    correlated : bool, default False
+    correlated : bool, optional
         Whether weights of a matrix are correlated beyond what their multipliers make them; the paper's
         are not. Takes ``rows² + columns²`` weights more and factors of both sizes at each step, and
-        matrices are then drawn whole, without the local reparametrization.
+        matrices are then drawn whole, without the local reparametrization. By default where neither
+        side is longer than 200.
     """
     rows, _ = shape
+    if correlated is None:
+        correlated = max(shape) <= CORRELATED_MAX_SIDE
     for name, value in {"rowwise": rowwise, "correlated": correlated}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")

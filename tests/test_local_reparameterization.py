@@ -17,7 +17,13 @@ from pymc_flows.multiplicative import MNFGroup
 from pymc_flows.objective import build_objective, find_local_draws
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
-SMALL = {"n_layers": 1, "n_auxiliary_layers": 1, "hidden": 3, "n_statistics": 1}
+SMALL = {
+    "n_layers": 1,
+    "n_auxiliary_layers": 1,
+    "hidden": 3,
+    "n_statistics": 1,
+    "correlated": False,
+}
 X = np.random.default_rng(1).normal(size=(6, 3))
 LABELS = np.array([0, 2, 1, 1, 0, 2])
 
@@ -355,8 +361,9 @@ def test_two_matrices_of_one_product_are_not_both_drawn_so(transposed):
     found.substitute(approx.model.datalogp)
 
 
-def test_correlated_weights_are_drawn_whole():
-    approx = fitted(one_layer, correlated=True)
+@pytest.mark.parametrize("correlated", [True, None])
+def test_correlated_weights_are_drawn_whole(correlated):
+    approx = fitted(one_layer, correlated=correlated)
     found, refused = find_local_draws(approx, 2)
     assert found.names == ()
     assert "its weights are correlated; correlated=False has them" in refused["weights"]

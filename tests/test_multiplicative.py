@@ -257,6 +257,15 @@ def test_options_out_of_range_are_errors(options, message):
         mnf((3, 2), **options)
 
 
+@pytest.mark.parametrize("shape", [(200, 2), (2, 200)])
+def test_weights_are_correlated_unless_a_side_is_long(shape):
+    assert mnf(shape).correlated
+    assert not mnf(shape, correlated=False).correlated
+    longer = tuple(n + (n == 200) for n in shape)
+    assert not mnf(longer).correlated
+    assert mnf(longer, correlated=True).correlated
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -626,7 +635,7 @@ def test_what_a_file_keeps(correlated, python, tmp_path):
 
 
 def test_files_from_before_weights_could_be_correlated_have_them_independent():
-    layer, arrays = mnf((3, 2), **SMALL), {}
+    layer, arrays = mnf((3, 2), **SMALL, correlated=False), {}
     saved = storage._of_layer(layer, "layer", arrays)
     assert saved["settings"].pop("correlated") is False
     assert repr(storage._layer_from(saved, arrays)) == repr(layer)
