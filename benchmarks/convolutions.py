@@ -155,6 +155,7 @@ def report(rows: pd.DataFrame) -> str:
             about_digits(
                 f"{FILTERS} filters of {SIZE} x {SIZE}, tanh units, means of two by two of them"
             )
+            + " The last layer's products are drawn locally where weights are independent."
             + f" {OPTIONS['n']:,} steps, {DRAWS:,} draws a prediction; of NUTS two chains of 250.",
             "",
             *table(rows),

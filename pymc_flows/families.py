@@ -512,8 +512,8 @@ def mnf(
     n_statistics : int, default 16
         Numbers by which r(z|W) knows W; the paper has one. More let r follow W more closely.
     rowwise : bool, default True
-        Whether r(z|W) also knows what each row tells of its own multiplier, which is most of what there
-        is to know; False is the paper's r.
+        Whether r(z|W) also knows what each row, or the whole matrix where weights are correlated, tells of
+        its multipliers, which is most of what there is to know; False is the paper's r.
     correlated : bool, optional
         Whether weights of a matrix are correlated beyond what their multipliers make them; the paper's
         are not. Takes ``rows² + columns²`` weights more and factors of both sizes at each step, and

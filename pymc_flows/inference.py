@@ -182,8 +182,9 @@ class NFVI(Inference):
             the data anew (Kingma et al. 2015, arXiv:1506.02557): the same ELBO, with less noise, for
             multipliers that go through the flow once a row. That takes weights that are independent given
             the multipliers (``correlated=False``), and a likelihood that is seen to be a sum over rows and
-            knows a matrix by one product alone; True raises where that is not so for all of them. By default with minibatches, of those matrices that allow it, while a step's
-            multipliers (draws times rows of the batch times rows of the matrices) are at most two million;
+            knows a matrix by one product alone; True raises where that is not so for all of them. By
+            default with minibatches, of those matrices that allow it, while a step's multipliers (draws
+            times rows of the batch times rows of the matrices) are at most two million;
             ``approx.fit_stats["local_reparameterization"]`` names the matrices.
         obj_n_mc : int, optional
             Draws a step. By default 64, and 512 in a second stage, in which ``flow`` also has

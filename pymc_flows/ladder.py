@@ -289,8 +289,8 @@ class Ladder:
         if settings.local and refused:
             name, why = next(iter(refused.items()))
             raise ValueError(
-                f"local_reparameterization=True needs a likelihood that lets it draw the products of "
-                f"every mnf matrix, and that of {name!r} does not: {why}. None draws those it can"
+                f"local_reparameterization=True draws products in place of every mnf matrix, and can't in "
+                f"place of {name!r}: {why}. None draws those it can"
             )
         n_multipliers = sum(math.prod(v.type.shape) for v in found.base_noise)
         many = settings.local is None and n_multipliers > MANY_MULTIPLIERS

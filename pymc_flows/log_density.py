@@ -149,7 +149,12 @@ def _has_large_matrices(graphs, values):
 
 
 def largest_side(model: Model) -> float:
-    """Longest side of the matrices that a model factors, or solves with; inf if it is not known."""
+    """Longest side of the matrices that a model computes and factors, or solves with; inf if it is not known.
+
+    What a loop works on is not known.
+    """
+    if has_loop(model):
+        return np.inf
     graph, values = [model.logp()], set(model.value_vars)
     used = [v for a in ancestors(graph) if _is_linear_algebra(a) for v in (a, *a.owner.inputs)]
     sides = [np.inf if n is None else n for shape in _matrices(used, values) for n in shape]

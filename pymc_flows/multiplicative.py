@@ -187,6 +187,7 @@ class MNFGroup(Group):
         names = [name for name, *_ in self.ordering.values()]
         for name, (layer, params) in zip(names, self._layers_and_params(), strict=True):
             if name in noise:
+                assert not layer.correlated
                 base = noise[name].reshape((-1, layer.shape[0]))
                 z, _ = layer.multipliers(base, params)
                 mean, sd = pt.tensor_copy(params["mean"]), pt.exp(params["log_sd"])

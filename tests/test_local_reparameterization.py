@@ -330,7 +330,7 @@ def test_what_mixes_rows_is_refused(build):
         inference = pmf.NFVI("mnf", random_seed=1, **SMALL)
     _, refused = find_local_draws(inference.approx, 2)
     assert list(refused) == [name]
-    with pytest.raises(ValueError, match=f"that of '{name}' does not: .*({message})"):
+    with pytest.raises(ValueError, match=f"can't in place of '{name}': .*({message})"):
         inference.fit(3, local_reparameterization=True, progressbar=False)
 
 
@@ -367,8 +367,27 @@ def test_correlated_weights_are_drawn_whole(correlated):
     found, refused = find_local_draws(approx, 2)
     assert found.names == ()
     assert "its weights are correlated; correlated=False has them" in refused["weights"]
-    with pytest.raises(ValueError, match=r"that of 'weights' does not: its weights are correlated"):
+    with pytest.raises(
+        ValueError, match=r"can't in place of 'weights': its weights are correlated"
+    ):
         pmf.NFVI(approx).fit(2, local_reparameterization=True, progressbar=False)
+
+
+def test_a_long_matrix_is_drawn_by_its_products_beside_a_correlated_one(python):
+    """The usual case: a layer with many inputs is independent by default, the last one correlated."""
+    wide = np.random.default_rng(0).normal(size=(4, 201)) / 201**0.5
+    with pm.Model():
+        inputs, outputs = pm.Minibatch(wide, LABELS[:4].astype("int32"), batch_size=2)
+        first = pm.Normal("first", shape=(201, 2))
+        last = pm.Normal("last", shape=(2, 3))
+        logits = pt.tanh(inputs @ first) @ last
+        pm.Categorical("label", logit_p=logits, observed=outputs, total_size=4)
+        options = {name: value for name, value in SMALL.items() if name != "correlated"}
+        approx = pm.fit(3, method="mnf", inf_kwargs=options, obj_n_mc=2, progressbar=False)
+    assert [layer.correlated for layer in approx.groups[0].layers] == [False, True]
+    assert approx.fit_stats["local_reparameterization"] == ["first"]
+    assert "its weights are correlated" in find_local_draws(approx, 2)[1]["last"]
+    assert np.isfinite(approx.hist).all()
 
 
 def test_small_integers_have_room_for_their_squares():

@@ -257,3 +257,13 @@ def test_products_need_no_library_for_linear_algebra(minibatches):
             observed=np.zeros(400 if minibatches else 600),
         )
     assert largest_side(model) == 0
+
+
+def test_what_a_loop_factors_is_not_known():
+    with pm.Model() as model:
+        sides = pm.HalfNormal("sides", shape=3)
+        logs = pytensor.scan(
+            lambda s: pt.linalg.slogdet(s * pt.eye(2))[1], sides, return_updates=False
+        )
+        pm.Potential("determinants", logs.sum())
+    assert largest_side(model) == np.inf

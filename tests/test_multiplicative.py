@@ -5,6 +5,7 @@ import pymc as pm
 import pytensor
 import pytensor.tensor as pt
 import pytest
+import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 from pymc.pytensorf import compile as pymc_compile
 from pymc.variational.opvi import GroupError, NotImplementedInference
@@ -634,11 +635,25 @@ def test_what_a_file_keeps(correlated, python, tmp_path):
     pmf.NFVI(again).fit(3, progressbar=False)
 
 
-def test_files_from_before_weights_could_be_correlated_have_them_independent():
-    layer, arrays = mnf((3, 2), **SMALL, correlated=False), {}
-    saved = storage._of_layer(layer, "layer", arrays)
-    assert saved["settings"].pop("correlated") is False
-    assert repr(storage._layer_from(saved, arrays)) == repr(layer)
+def test_files_from_before_weights_could_be_correlated_have_them_independent(python, tmp_path):
+    approx = mixed(network(), correlated=False)
+    perturb(approx)
+    pmf.save(approx, tmp_path / "fit.nc")
+    with xr.open_dataset(tmp_path / "fit.nc", engine="scipy") as file:
+        earlier = file.load()
+    text = earlier.attrs["fit"].replace(', "correlated": false', "")
+    assert "correlated" not in text
+    arrays = {k: v.values.astype(v.dtype.newbyteorder("=")) for k, v in earlier.items()}
+    checksum = storage._checksum(text, arrays)
+    earlier.attrs |= {"fit": text, "format_version": 2, "checksum": checksum}
+    earlier.to_netcdf(tmp_path / "earlier.nc", engine="scipy", format="NETCDF3_64BIT")
+    again = pmf.load(tmp_path / "earlier.nc", network())
+    one, two = (a.sample(4, random_seed=2) for a in (approx, again))
+    assert_array_equal(one.posterior["first"], two.posterior["first"])
+    assert_array_equal(one.sample_stats["log_q"], two.sample_stats["log_q"])
+    n_weights = again.params[0].get_value().size
+    again.groups[0].forget()
+    assert again.params[0].get_value().size == n_weights
 
 
 def test_the_diagnosis_knows_what_its_weights_are_of(python):

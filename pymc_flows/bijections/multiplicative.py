@@ -140,7 +140,7 @@ class Multiplicative:
         the paper's does not.
     correlated : bool, default False
         Whether weights are correlated given the multipliers; takes ``rows² + columns²`` weights more, of which
-        those above a diagonal do not count.
+        only those below a diagonal count.
     """
 
     shape: tuple[int, int]
