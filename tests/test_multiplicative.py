@@ -570,6 +570,22 @@ def test_float32_all_through(correlated, python):
     assert idata.sample_stats["log_q"].dtype == np.float32
 
 
+def test_single_precision_is_enough_for_a_long_correlated_side():
+    found = {}
+    for dtype in ("float64", "float32"):
+        with pytensor.config.change_flags(floatX=dtype):
+            layer = mnf((150, 8), hidden=5)
+            n, p = pt.matrix(shape=(4, layer.noise_dim)), pt.vector(shape=(layer.n_weights,))
+            _, log_q = layer.draw(n, Params(p, layer.weight_shapes))
+            function = pytensor.function([n, p], [log_q, pt.grad(log_q.sum(), p)], mode=PYTHON)
+            noise = np.random.default_rng(0).normal(size=n.type.shape)
+            found[dtype] = function(noise.astype(dtype), perturbed(layer).astype(dtype))
+    assert found["float32"][0].dtype == np.float32
+    assert_allclose(found["float32"][0], found["float64"][0], rtol=1e-4)
+    size = np.abs(found["float64"][1]).max()
+    assert np.abs(found["float32"][1] - found["float64"][1]).max() < 1e-3 * size
+
+
 def test_predictions_at_new_inputs(python):
     model = network()
     approx = mixed(model)
