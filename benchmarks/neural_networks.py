@@ -88,7 +88,8 @@ def toy_model(x, y, units: int = UNITS) -> pm.Model:
 def toy_curves(posterior) -> np.ndarray:
     """Curves (draws, grid) of a posterior's draws."""
     first, last = (
-        posterior[name].values.reshape(-1, *posterior[name].shape[-2:]) for name in ("first", "last")
+        posterior[name].values.reshape(-1, *posterior[name].shape[-2:])
+        for name in ("first", "last")
     )
     return toy_output(
         GRID, first, last, np.maximum,
