@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -480,10 +481,11 @@ def cnf(
 def mnf(
     shape: tuple[int, int],
     *,
-    n_layers: int = 2,
+    multipliers: Literal["rows", "weights"] = "rows",
+    n_layers: int | None = None,
     n_auxiliary_layers: int = 2,
     hidden: int = 50,
-    dropout: float = 0.1,
+    dropout: float | None = None,
     sigma: float = 0.1,
     n_statistics: int = 16,
     rowwise: bool = True,
@@ -494,18 +496,28 @@ def mnf(
     The multipliers go through gated couplings; the auxiliary r(z|W) standardizes them and has gated
     couplings of its own, then an affine map.
 
+    Multipliers of rows can't follow what one layer of a network makes of another. So
+    ``multipliers="weights"`` gives each weight its own, and takes all matrices of a group as one column:
+    the multipliers go through one :func:`realnvp`, and the weights are what comes out, times means that
+    start at 1, and a little noise. It is for small networks, where :func:`flow`, of all weights too, also
+    has a density.
+
     Parameters
     ----------
     shape : tuple of int
         Rows and columns.
-    n_layers : int, default 2
-        Number of gated couplings of the multipliers.
+    multipliers : {"rows", "weights"}, default "rows"
+        What has a multiplier each: rows, as in the paper, or weights.
+    n_layers : int, optional
+        Number of couplings of the multipliers: by default 2, gated, of rows; 8, affine, of weights, and
+        an affine map after them.
     n_auxiliary_layers : int, default 2
         Number of gated couplings of the auxiliary r(z|W): more tighten the bound.
     hidden : int, default 50
         Width of each coupling's hidden layer.
-    dropout : float, default 0.1
-        Rate of the Gaussian dropout as which the multipliers start.
+    dropout : float, optional
+        Rate of the Gaussian dropout as which multipliers of rows start, by default 0.1. Those of weights
+        start standard normal.
     sigma : float, default 0.1
         Standard deviations of the weights at first, given the multipliers, relative to the spread of
         their means (Glorot & Bengio 2010).
@@ -518,24 +530,45 @@ def mnf(
         Whether weights of a matrix are correlated beyond what their multipliers make them; the paper's
         are not. Takes ``rows² + columns²`` weights more and factors of both sizes at each step, and
         matrices are then drawn whole, without the local reparametrization. By default where neither
-        side is longer than 200.
+        side is longer than 200 and multipliers are of rows.
+
+    Raises
+    ------
+    ValueError
+        For an option out of its range, or one that ``multipliers`` leaves no use for.
     """
-    rows, _ = shape
+    if multipliers not in ("rows", "weights"):
+        raise ValueError(f"multipliers must be 'rows' or 'weights', got {multipliers!r}")
+    of_weights = multipliers == "weights"
     if correlated is None:
-        correlated = max(shape) <= CORRELATED_MAX_SIDE
+        correlated = max(shape) <= CORRELATED_MAX_SIDE and not of_weights
     for name, value in {"rowwise": rowwise, "correlated": correlated}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-    spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
-    standardized = Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))
+    if of_weights:
+        if dropout is not None:
+            raise ValueError(
+                "dropout must be None with multipliers='weights', which start standard normal, "
+                f"got {dropout!r}"
+            )
+        shape = (math.prod(shape), 1)
+        hidden = _at_least_one(hidden=hidden)
+        n_layers = 8 if n_layers is None else n_layers
+        of_z = realnvp(shape[0], n_layers=n_layers, hidden=(hidden,))
+    else:
+        dropout = 0.1 if dropout is None else dropout
+        n_layers = 2 if n_layers is None else _at_least_one(n_layers=n_layers)
+        of_z = Chain(_gates(shape[0], n_layers, hidden))
+    rows, _ = shape
     auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
+    if not rowwise and dropout is not None:
+        # what is rowwise is in units of its own, and multipliers of weights start in such units
+        spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
+        auxiliary.insert(0, Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread)))
     return Multiplicative(
         shape,
-        flow=Chain(_gates(rows, _at_least_one(n_layers=n_layers), hidden)),
-        # what is rowwise is in units of its own
-        auxiliary=Chain(
-            [*([] if rowwise else [standardized]), *auxiliary, *_affine(rows, "diagonal")]
-        ),
+        flow=of_z,
+        auxiliary=Chain([*auxiliary, *_affine(rows, "diagonal")]),
         dropout=dropout,
         sigma=sigma,
         n_statistics=_at_least_one(n_statistics=n_statistics),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pymc.variational.opvi import (
 from pytensor.graph.replace import graph_replace
 
 from pymc_flows.approximation import FlowApproximation, start_of_group
-from pymc_flows.bijections import Params, flatten
+from pymc_flows.bijections import Chain, Params, Whitening, flatten
 from pymc_flows.families import check_flow, mnf
 
 MNF = "mnf"
@@ -35,7 +36,8 @@ class MNFGroup(Group):
     Made by ``pm.Group([W, ...], vfam="mnf", **options)``. Each variable has its own
     :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first dimension,
     are scaled by multipliers that went through gated couplings. Of ``X @ W`` these are the inputs, of
-    a convolution's kernels (out, in, h, w) the output channels.
+    a convolution's kernels (out, in, h, w) the output channels. With ``multipliers="weights"`` each weight
+    has its multiplier, and one such layer has all variables as a column.
 
     The density of a draw is not known, for the multipliers z can't be integrated out. What stands for
     it, ``log_q``, is that of the draw with its multipliers less the auxiliary ``ln r(z|W)``. The ELBO
@@ -57,9 +59,9 @@ class MNFGroup(Group):
     options : dict, optional
         The options of :func:`pymc_flows.families.mnf`; they can as well be given as keywords.
     start : dict, optional
-        Means of the matrices at first, by variable, in the model's own space. Otherwise small
-        random numbers around the model's initial point, for at one point the units of a layer
-        would all stay alike.
+        Means of the matrices at first, by variable, in the model's own space. Otherwise the model's
+        initial point, and with multipliers of rows small random numbers around it, for at one point the
+        units of a layer would all stay alike.
     **kwargs
         The options.
 
@@ -109,21 +111,38 @@ class MNFGroup(Group):
         self.first_loc = start_of_group(self, start)
         named = {getattr(key, "name", key) for key in start}
         self.given = [bool({rv.name, self.model.rvs_to_values[rv].name} & named) for rv in group]
-        self.layers = tuple(
-            mnf((rows, columns), **self.flow_options) for rows, columns in self._shapes()
-        )
+        self.layers = tuple(mnf(shape, **self.flow_options) for shape in self._shapes())
+        if not self.by_rows:
+            self.layers = (self._placed(*self.layers),)
         if not self._check_user_params(spec_kw={"n": self.n_weights}):
             self.shared_params = self._initial_weights()
         self._finalize_init()
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each variable has a layer of its own, with multipliers of rows."""
+        return self.flow_options.get("multipliers", "rows") == "rows"
+
     def _shapes(self):
-        """Rows and columns of each variable."""
-        for _, _, shape, _ in self.ordering.values():
-            yield shape[0], math.prod(shape[1:])
+        """Rows and columns of each layer."""
+        if not self.by_rows:
+            return [(self.ddim, 1)]
+        shapes = [shape for _, _, shape, _ in self.ordering.values()]
+        return [(rows, math.prod(others)) for rows, *others in shapes]
+
+    def _placed(self, layer):
+        """A layer whose multipliers, and what r takes from them, start around the start of the weights."""
+        there, back = (
+            Whitening(self.ddim, sign * self.first_loc, np.ones(self.ddim)) for sign in (1, -1)
+        )
+        flow = Chain([*layer.flow.layers, there])
+        if layer.rowwise:  # r then standardizes them itself
+            return replace(layer, flow=flow)
+        return replace(layer, flow=flow, auxiliary=Chain([back, *layer.auxiliary.layers]))
 
     @property
     def noise_dim(self) -> int:
-        """Columns of base noise: for each variable its multipliers', then its elements'."""
+        """Columns of base noise: for each layer its multipliers', then its elements'."""
         return sum(rows + rows * columns for rows, columns in self._shapes())
 
     @property
@@ -133,12 +152,16 @@ class MNFGroup(Group):
 
     def _initial_weights(self):
         rng = np.random.default_rng(self.rng.randint(2**30))
-        parts, places = [], [where for _, where, *_ in self.ordering.values()]
-        for layer, where, given in zip(self.layers, places, self.given, strict=True):
-            weights = layer.init(rng)
-            loc = self.first_loc[where].reshape(layer.shape)
-            weights["mean"] = loc if given else loc + weights["mean"]
+        parts, first = [], 0
+        for i, layer in enumerate(self.layers):
+            weights, size = layer.init(rng), math.prod(layer.shape)
+            loc = self.first_loc[first : first + size].reshape(layer.shape)
+            if self.by_rows:
+                weights["mean"] = loc if self.given[i] else loc + weights["mean"]
+            elif layer.rowwise:
+                weights["r_mean"] = loc[:, 0]
             parts.append(flatten(weights))
+            first += size
         flat = floatX(np.concatenate(parts))
         return {"mnf_weights": pytensor.shared(flat, "mnf_weights", shape=flat.shape)}
 
@@ -154,7 +177,7 @@ class MNFGroup(Group):
             self.shared_params["mnf_weights"].set_value(fresh)
 
     def _layers_and_params(self):
-        """Each variable's layer and weights."""
+        """Each layer and its weights."""
         flat, first = self.params_dict["mnf_weights"], 0
         for layer in self.layers:
             yield layer, Params(flat[first : first + layer.n_weights], layer.weight_shapes)
@@ -234,7 +257,7 @@ class MNFGroup(Group):
 
     @node_property
     def _moments(self):
-        """For each variable its mean given z, the mean and cov of z, sd given z, and L and R, if any."""
+        """For each layer its mean given z, the mean and cov of z, sd given z, and L and R, if any."""
         parts = []
         for layer, params in self._layers_and_params():
             rng = np.random.default_rng(0)
@@ -266,7 +289,7 @@ class MNFGroup(Group):
 
     @node_property
     def cov(self):
-        """Covariance (dim, dim), unconstrained, over the same draws; between variables there is none."""
+        """Covariance (dim, dim), unconstrained, over the same draws; between layers there is none."""
         blocks = []
         for mu, _, cov_z, sd, factors in self._moments:
             n = mu.shape[0] * mu.shape[1]

@@ -204,11 +204,16 @@ def find_local_draws(
     if more_replacements:
         (likelihood,) = graph_replace([likelihood], dict(more_replacements), strict=False)
     by_name = {v.name: v for v in approx.model.value_vars}
-    zeros, weights, refused = {}, [], {}
+    zeros, weights = {}, []
+    refused: dict[str, str] = {}
     for group in approx.groups:
         for name, _, shape, dtype in group.ordering.values():
             zeros[by_name[name]] = np.zeros(shape, dtype=dtype)
         if carries_score(group):
+            continue
+        if not group.by_rows:
+            why = "its weights have a multiplier each; multipliers='rows' has one a row"
+            refused |= {name: why for name, *_ in group.ordering.values()}
             continue
         for (name, _, shape, _), layer in zip(group.ordering.values(), group.layers, strict=True):
             if len(shape) > 2:

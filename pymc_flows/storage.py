@@ -30,8 +30,9 @@ from pymc_flows.minibatch import is_minibatched
 from pymc_flows.multiplicative import MNF, MNFGroup
 from pymc_flows.warning import warn_user
 
-# 2: conditioners may compute in single precision; 3: weights of mnf matrices may be correlated
-FORMAT, FORMAT_VERSION = "pymc_flows fit", 3
+# 2: conditioners may compute in single precision; 3: weights of mnf matrices may be correlated;
+# 4: and have a multiplier each
+FORMAT, FORMAT_VERSION = "pymc_flows fit", 4
 PYMC_GROUPS = {"mean_field": MeanFieldGroup, "full_rank": FullRankGroup}
 LIBRARIES = ("pymc-flows", "pymc", "pytensor", "numpy")
 # relative difference of log densities that are the same but for rounding

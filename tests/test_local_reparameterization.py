@@ -373,6 +373,20 @@ def test_correlated_weights_are_drawn_whole(correlated):
         pmf.NFVI(approx).fit(2, local_reparameterization=True, progressbar=False)
 
 
+def test_weights_with_a_multiplier_each_are_drawn_whole():
+    approx = fitted(network, multipliers="weights")
+    found, refused = find_local_draws(approx, 2)
+    assert found.names == ()
+    assert set(refused) == {"first", "last"}
+    assert all(
+        "multiplier each; multipliers='rows' has one a row" in why for why in refused.values()
+    )
+    with pytest.raises(
+        ValueError, match=r"can't in place of 'first': its weights have a multiplier"
+    ):
+        pmf.NFVI(approx).fit(2, local_reparameterization=True, progressbar=False)
+
+
 def test_a_long_matrix_is_drawn_by_its_products_beside_a_correlated_one(python):
     """The usual case: a layer with many inputs is independent by default, the last one correlated."""
     wide = np.random.default_rng(0).normal(size=(4, 201)) / 201**0.5

@@ -80,7 +80,7 @@ def sigmoid(a):
 
 
 def gates(layers, z, flat):
-    """Masked RealNVP as the paper has it, and the affine layers of ours; z and log-det."""
+    """Masked RealNVP as the paper has it, couplings and affine layers; z and log-det."""
     log_det = np.zeros(len(z))
     for layer in layers:
         n = layer.n_weights
@@ -92,12 +92,24 @@ def gates(layers, z, flat):
                 shift, g = h @ w["w_shift"] + w["b_shift"], sigmoid(h @ w["w_gate"] + w["b_gate"])
                 z = m * z + (1 - m) * (z * g + (1 - g) * shift)
                 log_det = log_det + ((1 - m) * np.log(g)).sum(axis=1)
+            case "Coupling":
+                kept, moved = z[:, : layer.dim // 2], z[:, layer.dim // 2 :]
+                raw = np.tanh(kept @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"]
+                shift, s = raw[:, : moved.shape[1]], raw[:, moved.shape[1] :]
+                s = np.where(s > 0, 0.1, 2.0) * 2 / np.pi * np.arctan(s / np.where(s > 0, 0.1, 2.0))
+                z = np.concatenate([moved * np.exp(s) + shift, kept], axis=1)
+                log_det = log_det + s.sum(axis=1)
+            case "LowerTriangular":
+                z = z @ (np.tril(w["lower"], -1) + np.diag(np.exp(w["log_diagonal"]))).T + w["loc"]
+                log_det = log_det + w["log_diagonal"].sum()
             case "Scale":
                 z, log_det = z * np.exp(w["log_scale"]), log_det + w["log_scale"].sum()
             case "Loc":
                 z = z + w["loc"]
             case "Whitening":
                 z, log_det = layer.loc + layer.factor * z, log_det + np.log(layer.factor).sum()
+            case other:
+                raise TypeError(other)
     return z, log_det
 
 
@@ -119,14 +131,30 @@ def covariance(w):
 def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, rowwise, correlated):
     """The paper's r has one statistic of W, several add up; rowwise, it sees z less what rows tell."""
     options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise, "correlated": correlated}
-    layer = mnf(shape, **options, dropout=0.3)
-    rows, columns = shape
+    check_density_terms(mnf(shape, **options, dropout=0.3), scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 3)])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize("correlated", [False, True])
+def test_density_terms_with_a_multiplier_each(shape, scale, rowwise, correlated):
+    options = {**SMALL, "multipliers": "weights", "rowwise": rowwise, "correlated": correlated}
+    layer = mnf(shape, **options)
+    assert layer.shape == (shape[0] * shape[1], 1)
+    check_density_terms(layer, scale)
+
+
+def check_density_terms(layer, scale):
+    (rows, columns), n_statistics = layer.shape, layer.n_statistics
+    rowwise, correlated = layer.rowwise, layer.correlated
     noise = np.random.default_rng(4).normal(size=(16, layer.noise_dim))
     flat = perturbed(layer, scale)
     w = named(layer, flat)
-    z0 = w["z_mean"] + np.exp(w["z_log_sd"]) * noise[:, :rows]
+    z0_mean, z0_sd = (0.0, 1.0) if layer.dropout is None else (w["z_mean"], np.exp(w["z_log_sd"]))
+    z0 = z0_mean + z0_sd * noise[:, :rows]
     z, log_det = gates(layer.flow.layers, z0, w["flow"])
-    log_q_z = stats.norm.logpdf(z0, w["z_mean"], np.exp(w["z_log_sd"])).sum(axis=1) - log_det
+    log_q_z = stats.norm.logpdf(z0, z0_mean, z0_sd).sum(axis=1) - log_det
     mean, sd = z[:, :, None] * w["mean"], np.exp(w["log_sd"])
     cov = covariance(w) if correlated else np.diag(sd.ravel() ** 2)
     left, right = factors(w) if correlated else (np.eye(rows), np.eye(columns))
@@ -227,10 +255,18 @@ def test_rows_of_kernels_are_their_first_dimension():
     assert ratios[:, :, 0].std(axis=0).min() > 0.05
 
 
-@pytest.mark.parametrize("correlated", [False, True])
+KINDS = {
+    "independent": {"correlated": False},
+    "correlated": {"correlated": True},
+    "a multiplier each": {"multipliers": "weights"},
+}
+of_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@of_kinds
 @pytest.mark.parametrize("size", [1e3, -1e3])
-def test_extreme_weights_and_noise_stay_finite(size, correlated):
-    layer = mnf((3, 2), **SMALL, correlated=correlated)
+def test_extreme_weights_and_noise_stay_finite(size, kind):
+    layer = mnf((3, 2), **SMALL, **kind)
     n, p = pt.matrix(shape=(4, layer.noise_dim)), pt.vector(shape=(layer.n_weights,))
     drawn, log_q = layer.draw(n, Params(p, layer.weight_shapes))
     gradient = pt.grad(log_q.sum() + drawn.sum(), p)
@@ -249,6 +285,16 @@ def test_extreme_weights_and_noise_stay_finite(size, correlated):
         ({"n_statistics": 0}, "n_statistics must be a whole number of at least 1, got 0"),
         ({"rowwise": 1}, "rowwise must be True or False, got 1"),
         ({"correlated": "rows"}, "correlated must be True or False, got 'rows'"),
+        ({"multipliers": "row"}, "multipliers must be 'rows' or 'weights', got 'row'"),
+        (
+            {"multipliers": "weights", "dropout": 0.2},
+            "dropout must be None with multipliers='weights', which start standard normal, got 0.2",
+        ),
+        (
+            {"multipliers": "weights", "n_layers": 0},
+            "n_layers must be a whole number of at least 1",
+        ),
+        ({"multipliers": "weights", "hidden": 0}, "hidden must be a whole number of at least 1"),
         ({"dropout": 1.0}, "dropout must be between 0 and 1, got 1.0"),
         ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
     ],
@@ -262,6 +308,8 @@ def test_options_out_of_range_are_errors(options, message):
 def test_weights_are_correlated_unless_a_side_is_long(shape):
     assert mnf(shape).correlated
     assert not mnf(shape, correlated=False).correlated
+    assert not mnf(shape, multipliers="weights").correlated
+    assert mnf((2, 3), multipliers="weights", correlated=True).correlated
     longer = tuple(n + (n == 200) for n in shape)
     assert not mnf(longer).correlated
     assert mnf(longer, correlated=True).correlated
@@ -313,11 +361,11 @@ def loss_function(approx, n_draws, gradient="stl"):
     ), objective
 
 
-@pytest.mark.parametrize("correlated", [False, True])
+@of_kinds
 @pytest.mark.parametrize("gradient", ["stl", "reparameterization"])
-def test_gradient_is_the_losses(gradient, correlated):
+def test_gradient_is_the_losses(gradient, kind):
     model, _ = regression()
-    group = MNFGroup(None, model=model, **SMALL, correlated=correlated)
+    group = MNFGroup(None, model=model, **SMALL, **kind)
     approx = pmf.FlowApproximation([group], model, random_seed=1)
     perturb(approx)
     function, objective = loss_function(approx, 5, gradient)
@@ -491,6 +539,65 @@ def test_means_start_where_told(python):
         MNFGroup(model.free_RVs, model=model, start=[1.0])
 
 
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_weights_with_a_multiplier_each_start_around_the_start(rowwise, python):
+    """As independent normals of unit variance, and a little noise, of which log_q is nearly the density."""
+    start = {"first": np.arange(12.0).reshape(3, 4), "last": np.full((4, 1), -50.0)}
+    options = {**SMALL, "multipliers": "weights", "rowwise": rowwise, "sigma": 1e-3}
+    model = network()
+    with model:
+        approx = pmf.NFVI("mnf", start=start, random_seed=1, **options).approx
+    (layer,) = approx.groups[0].layers
+    assert layer.shape == (16, 1)
+    idata = approx.sample(2000, random_seed=1)
+    away = []
+    for name, where in start.items():
+        away.append((idata.posterior[name].values[0] - where).reshape(2000, -1))
+    away = np.concatenate(away, axis=1)
+    assert np.abs(away.mean(axis=0)).max() < 4.5 / 2000**0.5
+    assert np.abs(away.var(axis=0) - 1).max() < 4.5 * (2 / 2000) ** 0.5
+    group = approx.groups[0]
+    noise = np.random.default_rng(2).normal(size=(2000, group.noise_dim))
+    log_q = pytensor.function([group.symbolic_initial], group.symbolic_logq_not_scaled, mode=PYTHON)
+    entropy = -log_q(noise).mean()
+    exact = 16 * stats.norm.entropy()
+    # r is blind to what rows tell without rowwise: of each weight it misses ln(sd of z / sigma of w)
+    missing = 0 if rowwise else -16 * np.log(1e-3 * (2 / 17) ** 0.5)
+    assert abs(entropy + missing - exact) < 0.5
+
+
+def test_a_multiplier_each_follows_what_matrices_have_to_do_with_each_other(python):
+    """Only the sum of two is seen: what fits them apart, as multipliers of rows do, can't say so."""
+    rng = np.random.default_rng(2)
+    y = X @ rng.normal(size=(3, 2)) + 0.5 * rng.normal(size=(12, 2))
+    with pm.Model() as model:
+        one, two = (pm.Normal(name, shape=(3, 2)) for name in ("one", "two"))
+        pm.Normal("y", X @ (one + two), 0.5, observed=y)
+    law = stats.multivariate_normal(np.zeros(12), 2 * X @ X.T + 0.25 * np.eye(12))
+    log_evidence = law.logpdf(y.T).sum()
+    # of either column, and the information that the two share there
+    precision = np.kron(np.ones((2, 2)), X.T @ X / 0.25) + np.eye(6)
+    shared = np.linalg.slogdet(precision[:3, :3])[1] - np.linalg.slogdet(precision)[1] / 2
+    found = {}
+    for kind, n in {"rows": 500, "weights": 1500}.items():
+        options = {**SMALL, "multipliers": kind}
+        with model:
+            found[kind] = pm.fit(
+                n, method="mnf", random_seed=1, inf_kwargs=options, obj_n_mc=16, progressbar=False
+            )
+    (rows, se_rows), (weights, se) = (weighed(approx) for approx in found.values())
+    assert rows < log_evidence - 2 * shared + 3 * se_rows
+    assert log_evidence - 0.5 < weights < log_evidence + 3 * se
+    posterior = found["weights"].sample(4000, random_seed=1).posterior
+    one, two = (posterior[name].values[0] for name in ("one", "two"))
+    cov = np.linalg.inv(precision)
+    # standard errors of sample covariances, and a tenth for what the fit left
+    spread = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / 4000)
+    for k in range(2):
+        both = np.concatenate([one[..., k], two[..., k]], axis=1)
+        assert (np.abs(np.cov(both.T) - cov) < 4 * spread + 0.1 * np.abs(cov).max()).all()
+
+
 def test_vectors_options_and_densities_that_do_not_exist_are_errors(normal, python):
     model = network()
     with pytest.raises(GroupError, match=r"must be matrices or kernels.*got 'bias' of 1"):
@@ -528,12 +635,12 @@ def test_pymcs_own_ways_to_sample_know_the_noise():
     assert np.unique(drawn).size == 5
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_moments_are_those_of_draws(correlated):
+@of_kinds
+def test_moments_are_those_of_draws(kind):
     model = network()
-    approx = mixed(model, dropout=0.4, correlated=correlated)
+    approx = mixed(model, **kind, **({} if "multipliers" in kind else {"dropout": 0.4}))
     group = approx.groups[0]
-    if correlated:
+    if kind.get("correlated"):
         # far from independent, which small perturbations would leave
         weights = group.params[0].get_value()
         first = 0
@@ -558,11 +665,11 @@ def test_moments_are_those_of_draws(correlated):
     assert_allclose(np.corrcoef(draws.T), correlations, atol=0.08)
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_float32_all_through(correlated, python):
+@of_kinds
+def test_float32_all_through(kind, python):
     with pytensor.config.change_flags(floatX="float32"):
         with network():
-            options = {**SMALL, "correlated": correlated}
+            options = {**SMALL, **kind}
             approx = pm.fit(5, method="mnf", inf_kwargs=options, random_seed=1, progressbar=False)
         idata = approx.sample(3, random_seed=1)
     assert approx.params[0].get_value().dtype == np.float32
@@ -636,10 +743,10 @@ def test_minibatches_estimate_the_loss_of_all_data(vectorize, python):
     assert abs(np.mean(parts) - whole) < 4 * np.std(parts) / len(parts) ** 0.5
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_what_a_file_keeps(correlated, python, tmp_path):
+@of_kinds
+def test_what_a_file_keeps(kind, python, tmp_path):
     model = network()
-    approx = mixed(model, correlated=correlated)
+    approx = mixed(model, **kind, start={"last": np.full((4, 1), 2.0)})
     perturb(approx)
     pmf.save(approx, tmp_path / "fit.nc")
     again = pmf.load(tmp_path / "fit.nc", network())
@@ -648,6 +755,9 @@ def test_what_a_file_keeps(correlated, python, tmp_path):
         assert_array_equal(one.posterior[name], two.posterior[name])
     assert_array_equal(one.sample_stats["log_q"], two.sample_stats["log_q"])
     assert repr(again.groups[0].layers) == repr(approx.groups[0].layers)
+    for one in (again, approx):
+        one.groups[0].reseed(3)
+    assert_array_equal(again.params[0].get_value(), approx.params[0].get_value())
     pmf.NFVI(again).fit(3, progressbar=False)
 
 

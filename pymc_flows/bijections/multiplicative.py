@@ -127,12 +127,14 @@ class Multiplicative:
         Rows, each with its multiplier, and columns of W.
     flow, auxiliary : Bijection
         Of the multipliers, (draws, rows): from z0 to z, and from z to z_b.
-    dropout : float, default 0.1
+    dropout : float or None, default 0.1
         Multipliers start with mean 1 and variance ``dropout / (1 - dropout)``, those of Gaussian
-        dropout at this rate (Srivastava et al. 2014, section 10); 0 < dropout < 1.
+        dropout at this rate (Srivastava et al. 2014, section 10), and means μ at random with the spread of
+        Glorot & Bengio 2010, ``(2 / (rows + columns))^½``; 0 < dropout < 1. Where it is None, z0 is
+        standard normal, and stays so, and means start at 1: of a single column, each weight is then noise
+        of its own, and what mean and spread it gets is left to the flow.
     sigma : float, default 0.1
-        Standard deviation of each weight given z at first, relative to the spread of Glorot & Bengio
-        2010, ``(2 / (rows + columns))^½``, at which the means start.
+        Standard deviation of each weight given z at first, relative to that spread.
     n_statistics : int, default 1
         Numbers by which r knows W.
     rowwise : bool, default False
@@ -146,7 +148,7 @@ class Multiplicative:
     shape: tuple[int, int]
     flow: Bijection
     auxiliary: Bijection
-    dropout: float = 0.1
+    dropout: float | None = 0.1
     sigma: float = 0.1
     n_statistics: int = 1
     rowwise: bool = False
@@ -159,7 +161,7 @@ class Multiplicative:
             if getattr(self, name).dim != self.shape[0]:
                 dim = getattr(self, name).dim
                 raise ValueError(f"dim of {name} must be the rows, {self.shape[0]}, got {dim}")
-        if not 0 < self.dropout < 1:
+        if self.dropout is not None and not 0 < self.dropout < 1:
             raise ValueError(f"dropout must be between 0 and 1, got {self.dropout!r}")
         if not 0 < self.sigma < np.inf:
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
@@ -175,19 +177,24 @@ class Multiplicative:
         """Draw initial weights, by name."""
         rows, columns = self.shape
         spread = (2 / (rows + columns)) ** 0.5
-        z_sd = (self.dropout / (1 - self.dropout)) ** 0.5
         flow, auxiliary = (flatten(layer.init(rng)) for layer in (self.flow, self.auxiliary))
+        if self.dropout is None:
+            z_mean, z_sd, mean, c_spread = 0.0, 1.0, np.ones(self.shape), rows**-0.5
+        else:
+            z_mean, z_sd = 1.0, (self.dropout / (1 - self.dropout)) ** 0.5
+            mean, c_spread = spread * rng.normal(size=self.shape), 1.0
+        of_z0 = {"z_mean": np.full(rows, z_mean), "z_log_sd": np.full(rows, np.log(z_sd))}
         of_rows = {
-            "r_mean": np.ones(rows),
+            "r_mean": np.full(rows, z_mean),
             "r_log_precision": np.full(rows, -2 * np.log(z_sd)),
         }
         sides = {"left": rows, "right": columns} if self.correlated else {}
         return {
-            "mean": spread * rng.normal(size=self.shape),
+            "mean": mean,
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
-            "z_mean": np.ones(rows),
-            "z_log_sd": np.full(rows, np.log(z_sd)),
-            "c": rng.normal(size=(self.n_statistics, rows)),
+            **({} if self.dropout is None else of_z0),
+            # so that it tells of W in units of about 1
+            "c": c_spread * rng.normal(size=(self.n_statistics, rows)),
             # r then starts as the law of its flow alone, whatever W
             "b1": np.zeros((self.n_statistics, rows)),
             "b2": np.zeros((self.n_statistics, rows)),
@@ -238,9 +245,12 @@ class Multiplicative:
 
     def multipliers(self, base, params):
         """Multipliers z (draws, rows) made of noise (draws, rows), and their log density (draws,)."""
-        z0 = params["z_mean"] + pt.exp(params["z_log_sd"]) * base
+        z0, log_q_z0 = base, normal_log_density(base)
+        if self.dropout is not None:
+            z0 = params["z_mean"] + pt.exp(params["z_log_sd"]) * base
+            log_q_z0 = log_q_z0 - params["z_log_sd"].sum()
         z, log_det = self.flow.forward(z0, Params(params["flow"], self.flow.weight_shapes))
-        return z, normal_log_density(base) - params["z_log_sd"].sum() - log_det
+        return z, log_q_z0 - log_det
 
     def log_auxiliary(self, z, w, params):
         """``ln r(z|W)`` (draws,) of z (draws, rows) and W (draws, rows, columns), in nats."""
