@@ -499,8 +499,7 @@ def mnf(
     Multipliers of rows can't follow what one layer of a network makes of another. So
     ``multipliers="weights"`` gives each weight its own, and takes all matrices of a group as one column:
     the multipliers go through one :func:`realnvp`, and the weights are what comes out, times means that
-    start at 1, and a little noise. It is for small networks, where :func:`flow`, of all weights too, also
-    has a density.
+    start at 1, and a little noise. It is for small networks; :func:`flow` fits those too, and has a density.
 
     Parameters
     ----------
@@ -509,8 +508,8 @@ def mnf(
     multipliers : {"rows", "weights"}, default "rows"
         What has a multiplier each: rows, as in the paper, or weights.
     n_layers : int, optional
-        Number of couplings of the multipliers: by default 2, gated, of rows; 8, affine, of weights, and
-        an affine map after them.
+        Number of couplings of the multipliers: by default 2, gated, of rows; 8, affine, of weights, and an
+        affine map after them, as in :func:`planar` (of a single weight, splines in place of couplings).
     n_auxiliary_layers : int, default 2
         Number of gated couplings of the auxiliary r(z|W): more tighten the bound.
     hidden : int, default 50
@@ -519,18 +518,18 @@ def mnf(
         Rate of the Gaussian dropout as which multipliers of rows start, by default 0.1. Those of weights
         start standard normal.
     sigma : float, default 0.1
-        Standard deviations of the weights at first, given the multipliers, relative to the spread of
-        their means (Glorot & Bengio 2010).
+        Standard deviations of the weights at first, given the multipliers, in units of ``(2 / (rows +
+        columns))^½`` (Glorot & Bengio 2010); with multipliers of weights, of that one column of all.
     n_statistics : int, default 16
         Numbers by which r(z|W) knows W; the paper has one. More let r follow W more closely.
     rowwise : bool, default True
         Whether r(z|W) also knows what each row, or the whole matrix where weights are correlated, tells of
-        its multipliers, which is most of what there is to know; False is the paper's r.
+        its multipliers, which is most of what there is to know; False is the paper's r, of rows only.
     correlated : bool, optional
         Whether weights of a matrix are correlated beyond what their multipliers make them; the paper's
         are not. Takes ``rows² + columns²`` weights more and factors of both sizes at each step, and
-        matrices are then drawn whole, without the local reparametrization. By default where neither
-        side is longer than 200 and multipliers are of rows.
+        matrices are then drawn whole, without the local reparametrization, as they are with multipliers
+        of weights. By default where neither side is longer than 200 and multipliers are of rows.
 
     Raises
     ------
@@ -545,30 +544,38 @@ def mnf(
     for name, value in {"rowwise": rowwise, "correlated": correlated}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
+    standardized: list[Bijection] = []
     if of_weights:
         if dropout is not None:
             raise ValueError(
                 "dropout must be None with multipliers='weights', which start standard normal, "
                 f"got {dropout!r}"
             )
+        if not rowwise:
+            raise ValueError(
+                "rowwise must be True with multipliers='weights', of which little else tells, got False"
+            )
         shape = (math.prod(shape), 1)
-        hidden = _at_least_one(hidden=hidden)
-        n_layers = 8 if n_layers is None else n_layers
-        of_z = realnvp(shape[0], n_layers=n_layers, hidden=(hidden,))
+        couplings = realnvp if shape[0] > 1 else nsf
+        of_z = couplings(
+            shape[0],
+            n_layers=8 if n_layers is None else n_layers,
+            hidden=(_at_least_one(hidden=hidden),),
+        )
     else:
         dropout = 0.1 if dropout is None else dropout
         n_layers = 2 if n_layers is None else _at_least_one(n_layers=n_layers)
-        of_z = Chain(_gates(shape[0], n_layers, hidden))
+        rows, _ = shape
+        of_z = Chain(_gates(rows, n_layers, hidden))
+        if not rowwise:  # what is rowwise is in units of its own
+            spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
+            standardized = [Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))]
     rows, _ = shape
     auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
-    if not rowwise and dropout is not None:
-        # what is rowwise is in units of its own, and multipliers of weights start in such units
-        spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
-        auxiliary.insert(0, Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread)))
     return Multiplicative(
         shape,
         flow=of_z,
-        auxiliary=Chain([*auxiliary, *_affine(rows, "diagonal")]),
+        auxiliary=Chain([*standardized, *auxiliary, *_affine(rows, "diagonal")]),
         dropout=dropout,
         sigma=sigma,
         n_statistics=_at_least_one(n_statistics=n_statistics),

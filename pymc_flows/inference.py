@@ -181,7 +181,7 @@ class NFVI(Inference):
             Of ``mnf`` matrices, draw the products with the data in place of the matrices, for each row of
             the data anew (Kingma et al. 2015, arXiv:1506.02557): the same ELBO, with less noise, for
             multipliers that go through the flow once a row. That takes weights that are independent given
-            the multipliers (``correlated=False``), and a likelihood that is seen to be a sum over rows and
+            multipliers of rows (``correlated=False``), and a likelihood that is seen to be a sum over rows and
             knows a matrix by one product alone; True raises where that is not so for all of them. By
             default with minibatches, of those matrices that allow it, while a step's multipliers (draws
             times rows of the batch times rows of the matrices) are at most two million;

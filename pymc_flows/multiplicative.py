@@ -33,11 +33,11 @@ MOMENT_DRAWS = 4096
 class MNFGroup(Group):
     """Matrices by multiplicative normalizing flows (Louizos & Welling 2017, arXiv:1703.01961).
 
-    Made by ``pm.Group([W, ...], vfam="mnf", **options)``. Each variable has its own
+    Made by ``pm.Group([W, ...], vfam="mnf", **options)``. By default each variable has its own
     :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first dimension,
     are scaled by multipliers that went through gated couplings. Of ``X @ W`` these are the inputs, of
-    a convolution's kernels (out, in, h, w) the output channels. With ``multipliers="weights"`` each weight
-    has its multiplier, and one such layer has all variables as a column.
+    a convolution's kernels (out, in, h, w) the output channels. With ``multipliers="weights"`` one has all
+    variables as its single column, and each weight a multiplier.
 
     The density of a draw is not known, for the multipliers z can't be integrated out. What stands for
     it, ``log_q``, is that of the draw with its multipliers less the auxiliary ``ln r(z|W)``. The ELBO
@@ -131,14 +131,9 @@ class MNFGroup(Group):
         return [(rows, math.prod(others)) for rows, *others in shapes]
 
     def _placed(self, layer):
-        """A layer whose multipliers, and what r takes from them, start around the start of the weights."""
-        there, back = (
-            Whitening(self.ddim, sign * self.first_loc, np.ones(self.ddim)) for sign in (1, -1)
-        )
-        flow = Chain([*layer.flow.layers, there])
-        if layer.rowwise:  # r then standardizes them itself
-            return replace(layer, flow=flow)
-        return replace(layer, flow=flow, auxiliary=Chain([back, *layer.auxiliary.layers]))
+        """A layer whose multipliers start around the start of the weights."""
+        there = Whitening(self.ddim, self.first_loc, np.ones(self.ddim))
+        return replace(layer, flow=Chain([*layer.flow.layers, there]))
 
     @property
     def noise_dim(self) -> int:
@@ -158,7 +153,7 @@ class MNFGroup(Group):
             loc = self.first_loc[first : first + size].reshape(layer.shape)
             if self.by_rows:
                 weights["mean"] = loc if self.given[i] else loc + weights["mean"]
-            elif layer.rowwise:
+            else:
                 weights["r_mean"] = loc[:, 0]
             parts.append(flatten(weights))
             first += size
@@ -204,8 +199,11 @@ class MNFGroup(Group):
         Returns
         -------
         dict of str to tuple of TensorVariable
-            Multipliers of the noise's shape, and mean and sd (rows, columns).
+            Multipliers of the noise's shape, and mean and sd (rows, columns); none of weights that have a
+            multiplier each.
         """
+        if not self.by_rows:
+            return {}
         found = {}
         names = [name for name, *_ in self.ordering.values()]
         for name, (layer, params) in zip(names, self._layers_and_params(), strict=True):

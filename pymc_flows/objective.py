@@ -212,7 +212,7 @@ def find_local_draws(
         if carries_score(group):
             continue
         if not group.by_rows:
-            why = "its weights have a multiplier each; multipliers='rows' has one a row"
+            why = "its weights have a multiplier each; take multipliers='rows' and correlated=False"
             refused |= {name: why for name, *_ in group.ordering.values()}
             continue
         for (name, _, shape, _), layer in zip(group.ordering.values(), group.layers, strict=True):

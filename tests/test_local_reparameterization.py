@@ -378,13 +378,29 @@ def test_weights_with_a_multiplier_each_are_drawn_whole():
     found, refused = find_local_draws(approx, 2)
     assert found.names == ()
     assert set(refused) == {"first", "last"}
-    assert all(
-        "multiplier each; multipliers='rows' has one a row" in why for why in refused.values()
-    )
+    assert all("multiplier each; take multipliers='rows' and" in why for why in refused.values())
     with pytest.raises(
         ValueError, match=r"can't in place of 'first': its weights have a multiplier"
     ):
         pmf.NFVI(approx).fit(2, local_reparameterization=True, progressbar=False)
+
+
+def test_products_are_drawn_beside_a_group_with_a_multiplier_each(python):
+    with pm.Model():
+        inputs, outputs = pm.Minibatch(X, X[:, 0], batch_size=2)
+        first = pm.Normal("first", shape=(3, 4))
+        middle = pm.Normal("middle", shape=(4, 2))
+        last = pm.Normal("last", shape=(2, 1))
+        mean = pt.tanh(pt.tanh(inputs @ first) @ middle) @ last
+        pm.Normal("y", mean[:, 0], 0.5, observed=outputs, total_size=6)
+        options = SMALL | {"correlated": None, "multipliers": "weights"}
+        groups = [
+            pm.Group([first], vfam="mnf", **SMALL),
+            pm.Group([middle, last], vfam="mnf", **options),
+        ]
+        approx = pmf.NFVI(groups, random_seed=1).fit(3, obj_n_mc=2, progressbar=False)
+    assert approx.fit_stats["local_reparameterization"] == ["first"]
+    assert np.isfinite(approx.hist).all()
 
 
 def test_a_long_matrix_is_drawn_by_its_products_beside_a_correlated_one(python):

@@ -14,7 +14,18 @@ from scipy import optimize, stats
 
 import pymc_flows as pmf
 from pymc_flows import storage
-from pymc_flows.bijections import GatedCoupling, Loc, Multiplicative, Params, flatten
+from pymc_flows.bijections import (
+    Coupling,
+    GatedCoupling,
+    Loc,
+    LowerTriangular,
+    LowRank,
+    Multiplicative,
+    Params,
+    RationalQuadratic,
+    Scale,
+    flatten,
+)
 from pymc_flows.families import UnknownFlowError, mnf
 from pymc_flows.log_density import log_density
 from pymc_flows.multiplicative import MNFGroup
@@ -136,10 +147,9 @@ def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, roww
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 3)])
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-@pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("correlated", [False, True])
-def test_density_terms_with_a_multiplier_each(shape, scale, rowwise, correlated):
-    options = {**SMALL, "multipliers": "weights", "rowwise": rowwise, "correlated": correlated}
+def test_density_terms_with_a_multiplier_each(shape, scale, correlated):
+    options = {**SMALL, "multipliers": "weights", "correlated": correlated}
     layer = mnf(shape, **options)
     assert layer.shape == (shape[0] * shape[1], 1)
     check_density_terms(layer, scale)
@@ -229,9 +239,16 @@ def test_auxiliary_of_correlated_weights_is_exact_for_gaussian_multipliers():
 
 
 @pytest.mark.parametrize("mode", ["JAX", "NUMBA"])
-def test_backends_agree_on_correlated_weights(mode):
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Multiplicative((4, 3), Loc(4), Loc(4), rowwise=True, correlated=True),
+        mnf((2, 2), **SMALL | {"n_layers": 1, "n_auxiliary_layers": 1}, multipliers="weights"),
+    ],
+    ids=["correlated", "a multiplier each"],
+)
+def test_backends_agree(layer, mode):
     pytest.importorskip(mode.lower())
-    layer = Multiplicative((4, 3), Loc(4), Loc(4), rowwise=True, correlated=True)
     noise = np.random.default_rng(4).normal(size=(2, layer.noise_dim))
     flat = perturbed(layer)
     n, p = pt.matrix(shape=noise.shape), pt.vector(shape=flat.shape)
@@ -259,6 +276,7 @@ KINDS = {
     "independent": {"correlated": False},
     "correlated": {"correlated": True},
     "a multiplier each": {"multipliers": "weights"},
+    "each, correlated": {"multipliers": "weights", "correlated": True},
 }
 of_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -539,31 +557,52 @@ def test_means_start_where_told(python):
         MNFGroup(model.free_RVs, model=model, start=[1.0])
 
 
-@pytest.mark.parametrize("rowwise", [False, True])
-def test_weights_with_a_multiplier_each_start_around_the_start(rowwise, python):
+def test_weights_with_a_multiplier_each_start_around_the_start(python):
     """As independent normals of unit variance, and a little noise, of which log_q is nearly the density."""
     start = {"first": np.arange(12.0).reshape(3, 4), "last": np.full((4, 1), -50.0)}
-    options = {**SMALL, "multipliers": "weights", "rowwise": rowwise, "sigma": 1e-3}
     model = network()
     with model:
+        options = {**SMALL, "multipliers": "weights", "sigma": 1e-3}
         approx = pmf.NFVI("mnf", start=start, random_seed=1, **options).approx
     (layer,) = approx.groups[0].layers
     assert layer.shape == (16, 1)
+    check_density_terms(layer, 0.5)
     idata = approx.sample(2000, random_seed=1)
-    away = []
-    for name, where in start.items():
-        away.append((idata.posterior[name].values[0] - where).reshape(2000, -1))
+    away = [
+        (idata.posterior[name].values[0] - where).reshape(2000, -1) for name, where in start.items()
+    ]
     away = np.concatenate(away, axis=1)
     assert np.abs(away.mean(axis=0)).max() < 4.5 / 2000**0.5
     assert np.abs(away.var(axis=0) - 1).max() < 4.5 * (2 / 2000) ** 0.5
     group = approx.groups[0]
     noise = np.random.default_rng(2).normal(size=(2000, group.noise_dim))
     log_q = pytensor.function([group.symbolic_initial], group.symbolic_logq_not_scaled, mode=PYTHON)
-    entropy = -log_q(noise).mean()
-    exact = 16 * stats.norm.entropy()
-    # r is blind to what rows tell without rowwise: of each weight it misses ln(sd of z / sigma of w)
-    missing = 0 if rowwise else -16 * np.log(1e-3 * (2 / 17) ** 0.5)
-    assert abs(entropy + missing - exact) < 0.5
+    # but for r's gates, which are not quite open
+    entropy, exact = -log_q(noise).mean(), 16 * stats.norm.entropy()
+    assert exact - 0.5 < entropy < exact
+
+
+@pytest.mark.parametrize(
+    ("n", "layers"),
+    [(1, [Coupling] * 2 + [LowerTriangular]), (201, [Coupling] * 2 + [LowRank, Scale, Loc])],
+)
+def test_a_single_weight_and_many(n, layers):
+    """log_q of what W is but for the multipliers, and their flow's own density."""
+    layer = mnf((n, 1), **SMALL, multipliers="weights")
+    assert [type(one) for one in layer.flow.layers] == layers
+    if n == 1:
+        assert isinstance(layer.flow.layers[0].transformer, RationalQuadratic)
+    noise, flat = np.random.default_rng(0).normal(size=(5, 2 * n)), perturbed(layer, 0.1)
+    p = Params(pt.as_tensor(flat), layer.weight_shapes)
+    z0, eps = noise[:, :n], noise[:, n:]
+    z, log_det = layer.flow.forward(pt.as_tensor(z0), Params(p["flow"], layer.flow.weight_shapes))
+    w = z * p["mean"][:, 0] + pt.exp(p["log_sd"][:, 0]) * eps
+    log_r = layer.log_auxiliary(z, w[:, :, None], p)
+    outputs = [*layer.draw(pt.as_tensor(noise), p), w, log_det, log_r, p["log_sd"].sum()]
+    drawn, log_q, w, log_det, log_r, log_sd = pytensor.function([], outputs, mode=PYTHON)()
+    assert_allclose(drawn, w, rtol=1e-10)
+    log_q_w_and_z = stats.norm.logpdf(noise).sum(axis=1) - log_det - log_sd
+    assert_allclose(log_q, log_q_w_and_z - log_r, rtol=1e-10)
 
 
 def test_a_multiplier_each_follows_what_matrices_have_to_do_with_each_other(python):

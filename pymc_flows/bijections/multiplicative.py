@@ -121,6 +121,11 @@ class Multiplicative:
     triangular, which leaves ``ln q(W|z)`` as it is: with σ an outer product, the matrix Gaussian of
     Louizos & Welling 2016 (arXiv:1603.04733). The law that r starts from is then given all of W.
 
+    With ``dropout``, z0 starts at ``μ_z = 1`` and ``σ_z² = dropout / (1 - dropout)``, Gaussian dropout of that
+    rate (Srivastava et al. 2014, section 10), and the means at random, ``μ ~ N(0, s²)``, where ``s² = 2 / (rows +
+    columns)`` (Glorot & Bengio 2010). Without, z0 is standard normal for good and the means start at 1: a
+    single column is then what the flow makes of noise, and has its mean and spread from there.
+
     Parameters
     ----------
     shape : tuple of int
@@ -128,13 +133,9 @@ class Multiplicative:
     flow, auxiliary : Bijection
         Of the multipliers, (draws, rows): from z0 to z, and from z to z_b.
     dropout : float or None, default 0.1
-        Multipliers start with mean 1 and variance ``dropout / (1 - dropout)``, those of Gaussian
-        dropout at this rate (Srivastava et al. 2014, section 10), and means μ at random with the spread of
-        Glorot & Bengio 2010, ``(2 / (rows + columns))^½``; 0 < dropout < 1. Where it is None, z0 is
-        standard normal, and stays so, and means start at 1: of a single column, each weight is then noise
-        of its own, and what mean and spread it gets is left to the flow.
+        Rate of the Gaussian dropout as which multipliers start, between 0 and 1; or None, above.
     sigma : float, default 0.1
-        Standard deviation of each weight given z at first, relative to that spread.
+        Standard deviation of each weight given z at first, in units of s.
     n_statistics : int, default 1
         Numbers by which r knows W.
     rowwise : bool, default False
@@ -193,7 +194,7 @@ class Multiplicative:
             "mean": mean,
             "log_sd": np.full(self.shape, np.log(self.sigma * spread)),
             **({} if self.dropout is None else of_z0),
-            # so that it tells of W in units of about 1
+            # times W at first, around 0, of order 1
             "c": c_spread * rng.normal(size=(self.n_statistics, rows)),
             # r then starts as the law of its flow alone, whatever W
             "b1": np.zeros((self.n_statistics, rows)),
