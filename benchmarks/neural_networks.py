@@ -36,8 +36,7 @@ TOY = {"n": 6000, "obj_n_mc": 16, "patience": 0}
 KNOWN, UNKNOWN = range(8), (8, 9)
 HIDDEN, BATCH, TRAINED = 50, 100, 1000
 DIGITS = {"n": 8000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000}
-# Weights that are independent given the multipliers, as in the paper; and, of both matrices in one flow,
-# multipliers of weights in place of rows.
+# Weights that are independent given the multipliers, as in the paper; and multipliers of weights.
 INDEPENDENT, EACH = "mnf, independent", "mnf, a multiplier a weight"
 MNF = {"mnf": {}, INDEPENDENT: {"correlated": False}, EACH: {"multipliers": "weights"}}
 # The toy's. What fits each matrix apart can do more than multipliers of its rows; others fit all weights together.
@@ -372,7 +371,9 @@ def report(
             "",
             f"20 points, y = x³ + noise, {UNITS} hidden units. Root mean square error, over x in "
             "[-6, 6], of the log predictive standard deviation against NUTS, mean and standard error "
-            "over seeds.",
+            "over seeds. Of mnf, the rows of each matrix have multipliers, and its weights are correlated beyond "
+            "that, or independent, as in the paper; or each weight has a multiplier, and those of both matrices "
+            "go through one flow, as the weights of the last two methods do.",
             "",
             *table(regression),
             "",
