@@ -255,41 +255,43 @@ class MNFGroup(Group):
 
     @node_property
     def _moments(self):
-        """For each layer its mean given z, the mean and cov of z, sd given z, and L and R, if any."""
+        """For each layer its mean given z, draws of z, sd given z, and L and R, if any."""
         parts = []
         for layer, params in self._layers_and_params():
             rng = np.random.default_rng(0)
             base = pt.constant(floatX(rng.standard_normal((MOMENT_DRAWS, layer.shape[0]))))
             z, _ = layer.multipliers(base, params)
-            away = z - z.mean(axis=0)
-            cov_z = away.T @ away / (MOMENT_DRAWS - 1)
             sd = pt.exp(params["log_sd"])
             factors = layer.factors(params) if layer.correlated else None
-            parts.append((params["mean"], z.mean(axis=0), cov_z, sd, factors))
+            parts.append((params["mean"], z, sd, factors))
         return parts
 
     @node_property
     def mean(self):
         """Mean (dim,), unconstrained, over 4096 fixed draws of the multipliers."""
-        return pt.concatenate([(z[:, None] * mu).ravel() for mu, z, *_ in self._moments])
+        return pt.concatenate(
+            [(z.mean(axis=0)[:, None] * mu).ravel() for mu, z, *_ in self._moments]
+        )
 
     @node_property
     def std(self):
         """Standard deviation (dim,), unconstrained, over the same draws."""
         variances = []
-        for mu, _, cov_z, sd, factors in self._moments:
+        for mu, z, sd, factors in self._moments:
             own = sd**2
             if factors is not None:
                 left, right = ((factor**2).sum(axis=1) for factor in factors)
                 own = own * left[:, None] * right
-            variances.append((pt.diag(cov_z)[:, None] * mu**2 + own).ravel())
+            variances.append((z.var(axis=0, ddof=1)[:, None] * mu**2 + own).ravel())
         return pt.sqrt(pt.concatenate(variances))
 
     @node_property
     def cov(self):
         """Covariance (dim, dim), unconstrained, over the same draws; between layers there is none."""
         blocks = []
-        for mu, _, cov_z, sd, factors in self._moments:
+        for mu, z, sd, factors in self._moments:
+            away = z - z.mean(axis=0)
+            cov_z = away.T @ away / (MOMENT_DRAWS - 1)
             n = mu.shape[0] * mu.shape[1]
             joint = cov_z[:, None, :, None] * mu[:, :, None, None] * mu[None, None]
             own = pt.diag((sd**2).ravel())
