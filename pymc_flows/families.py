@@ -544,7 +544,6 @@ def mnf(
     for name, value in {"rowwise": rowwise, "correlated": correlated}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-    standardized: list[Bijection] = []
     if of_weights:
         if dropout is not None:
             raise ValueError(
@@ -556,26 +555,24 @@ def mnf(
                 "rowwise must be True with multipliers='weights', of which little else tells, got False"
             )
         shape = (math.prod(shape), 1)
-        couplings = realnvp if shape[0] > 1 else nsf
-        of_z = couplings(
-            shape[0],
-            n_layers=8 if n_layers is None else n_layers,
-            hidden=(_at_least_one(hidden=hidden),),
-        )
-    else:
-        dropout = 0.1 if dropout is None else dropout
-        n_layers = 2 if n_layers is None else _at_least_one(n_layers=n_layers)
-        rows, _ = shape
-        of_z = Chain(_gates(rows, n_layers, hidden))
-        if not rowwise:  # what is rowwise is in units of its own
-            spread = (dropout / (1 - dropout)) ** 0.5 if 0 < dropout < 1 else 1.0
-            standardized = [Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread))]
+    elif dropout is None:
+        dropout = 0.1
+    if n_layers is None:
+        n_layers = 8 if of_weights else 2
     rows, _ = shape
     auxiliary = _gates(rows, _at_least_one(n_auxiliary_layers=n_auxiliary_layers), hidden)
+    if of_weights:
+        couplings = realnvp if rows > 1 else nsf
+        of_z = couplings(rows, n_layers=n_layers, hidden=(hidden,))
+    else:
+        of_z = Chain(_gates(rows, _at_least_one(n_layers=n_layers), hidden))
+    if not rowwise:  # what is rowwise is in units of its own
+        spread = (dropout / (1 - dropout)) ** 0.5 if dropout and 0 < dropout < 1 else 1.0
+        auxiliary.insert(0, Whitening(rows, np.full(rows, -1 / spread), np.full(rows, 1 / spread)))
     return Multiplicative(
         shape,
         flow=of_z,
-        auxiliary=Chain([*standardized, *auxiliary, *_affine(rows, "diagonal")]),
+        auxiliary=Chain([*auxiliary, *_affine(rows, "diagonal")]),
         dropout=dropout,
         sigma=sigma,
         n_statistics=_at_least_one(n_statistics=n_statistics),
