@@ -309,6 +309,10 @@ def test_extreme_weights_and_noise_stay_finite(size, kind):
             "dropout must be None with multipliers='weights', which start standard normal, got 0.2",
         ),
         (
+            {"multipliers": "weights", "rowwise": False},
+            "rowwise must be True with multipliers='weights', of which little else tells, got False",
+        ),
+        (
             {"multipliers": "weights", "n_layers": 0},
             "n_layers must be a whole number of at least 1",
         ),
