@@ -43,8 +43,8 @@ POSTERIORS = (
 
 def trained_affine():
     """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
-    from pymc_flows.approximation import FlowGroup
     from pymc_flows.bijections import LowerTriangular
+    from pymc_flows.posterior.approximation import FlowGroup
 
     restart = FlowGroup.restart
 
@@ -73,7 +73,7 @@ def never(*args, **kwargs):
 
 def without():
     """Name of what is taken out, to a context that does so and further arguments of ``pm.fit``."""
-    from pymc_flows import ladder
+    from pymc_flows.fit import ladder
 
     nothing = contextlib.nullcontext
 

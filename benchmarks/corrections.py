@@ -44,7 +44,7 @@ def flat(name, posterior, variables):
 
 def two_sample(draws, known, seed):
     """Distances of draws (draws, scalars) from reference draws, by name."""
-    from pymc_flows import distances
+    from pymc_flows.statistics import distances
 
     # so many that a p-value can be small even when multiplied by the number of tests of a posterior
     distances.N_PERMUTATIONS = 2000

@@ -77,7 +77,7 @@ def start(make, kind: str, seed: int) -> dict:
     """One row: the start's ELBO, its draws' effective share and k-hat, what it took."""
     from arviz_stats.base import array_stats
 
-    from pymc_flows import initialization
+    from pymc_flows.fit.start import search as initialization
 
     began = time.process_time()
     with (

@@ -28,8 +28,8 @@ def judged(path: Path) -> dict:
     """Grade, verdict and numbers of one kept fit."""
     from references import errors
 
-    from pymc_flows.correction import resampled
-    from pymc_flows.diagnostics import diagnose_draws
+    from pymc_flows.assess.diagnostics import diagnose_draws
+    from pymc_flows.posterior.correction import resampled
 
     method, name, seed = path.name.removesuffix(".nc").rsplit(".", 2)
     with xr.open_dataset(path) as dataset:

@@ -1,15 +1,10 @@
 """Normalizing-flow approximate posteriors for PyMC; importing registers them with ``pm.fit``."""
 
 from pymc_flows import bijections
-from pymc_flows.approximation import FlowApproximation, FlowGroup, NormalizingFlow
-from pymc_flows.calibration import Calibration, calibrate
-from pymc_flows.compare import compare, grade
-from pymc_flows.correction import importance_resample, neutra_model, sample_imh, sample_neutra
-from pymc_flows.diagnostics import Diagnosis, diagnose
-from pymc_flows.families import UnknownFlowError, families
-from pymc_flows.inference import NFVI
-from pymc_flows.multiplicative import MNFGroup
-from pymc_flows.plots import (
+from pymc_flows.assess.calibration import Calibration, calibrate
+from pymc_flows.assess.compare import compare, grade
+from pymc_flows.assess.diagnostics import Diagnosis, diagnose
+from pymc_flows.assess.plots import (
     plot_compare,
     plot_forest,
     plot_loss,
@@ -18,8 +13,18 @@ from pymc_flows.plots import (
     plot_warp,
     plot_weights,
 )
+from pymc_flows.families.recipes import UnknownFlowError, families
+from pymc_flows.fit.inference import NFVI
+from pymc_flows.groups.mnf import MNFGroup
+from pymc_flows.posterior.approximation import FlowApproximation, FlowGroup, NormalizingFlow
+from pymc_flows.posterior.correction import (
+    importance_resample,
+    neutra_model,
+    sample_imh,
+    sample_neutra,
+)
+from pymc_flows.posterior.storage import load, save
 from pymc_flows.registration import fit, register, unregister
-from pymc_flows.storage import load, save
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,8 @@ from pymc.variational import inference as pymc_inference
 from pymc.variational.opvi import Approximation, Group
 from xarray import DataTree
 
-from pymc_flows.approximation import FlowGroup
 from pymc_flows.bijections import Bijection
-from pymc_flows.families import (
+from pymc_flows.families.recipes import (
     DEFAULT_ALIASES,
     FAMILIES,
     FORMULA_LAYERS,
@@ -21,10 +20,11 @@ from pymc_flows.families import (
     UnknownFlowError,
     is_flow,
     is_matrix_family,
-    nearest,
 )
-from pymc_flows.inference import NFVI
-from pymc_flows.multiplicative import MNFGroup
+from pymc_flows.fit.inference import NFVI
+from pymc_flows.groups.mnf import MNFGroup
+from pymc_flows.messages import did_you_mean
+from pymc_flows.posterior.approximation import FlowGroup
 
 PYMC_METHODS = ("advi", "fullrank_advi", "svgd", "asvgd")
 _pymc_fit = inspect.unwrap(pymc_inference.fit)
@@ -94,7 +94,7 @@ def _fit(*args, **kwargs):
     if isinstance(method, str) and method.lower() not in PYMC_METHODS:
         known = [*PYMC_METHODS, *DEFAULT_ALIASES, *FAMILIES, *MATRIX_FAMILIES]
         raise UnknownFlowError(
-            f"unknown method {method!r}{nearest(method.lower(), known)}. Methods: "
+            f"unknown method {method!r}{did_you_mean(method.lower(), known)}. Methods: "
             f"{', '.join(known)}, a formula of {', '.join(FORMULA_LAYERS)}, or an "
             "Inference instance"
         )
@@ -109,7 +109,7 @@ def _group_for_short_name(cls, name):
     except KeyError:
         known = list(_names())
         raise UnknownFlowError(
-            f"unknown vfam {name!r}{nearest(name.lower(), known)}. Families: {', '.join(known)}"
+            f"unknown vfam {name!r}{did_you_mean(name.lower(), known)}. Families: {', '.join(known)}"
         ) from None
 
 

@@ -11,7 +11,8 @@ import pytest
 from pymc.pytensorf import compile as pymc_compile
 from pytensor.compile.mode import Mode
 
-from pymc_flows import compilation
+from pymc_flows import FlowApproximation
+from pymc_flows.backend import compilation
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 
@@ -69,6 +70,17 @@ def eight_schools(centred=False):
             theta = pm.Deterministic("theta", mu + tau * eta, dims="school")
         pm.Normal("y", theta, errors, observed=effects, dims="school")
     return model
+
+
+def gaussian(mean, sd, dim=3):
+    """Standard normal posterior with log evidence 1.7, and an approximation of independent normals."""
+    with pm.Model(coords={"side": [f"s{i}" for i in range(dim)]}) as model:
+        x = pm.Normal("x", dims="side")
+        pm.Potential("evidence", pm.math.constant(1.7))
+        group = pm.Group([x], vfam="mean_field")
+    group.params_dict["mu"].set_value(np.full(dim, mean))
+    group.params_dict["rho"].set_value(np.full(dim, np.log(np.expm1(sd))))
+    return FlowApproximation([group], model=model, random_seed=1)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pymc.variational.opvi import Group
 import pymc_flows as pmf
 from pymc_flows import NFVI, FlowGroup, UnknownFlowError
 from pymc_flows.bijections import Loc
-from pymc_flows.families import FAMILIES
-from pymc_flows.multiplicative import MNFGroup
+from pymc_flows.families.recipes import FAMILIES
+from pymc_flows.groups.mnf import MNFGroup
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""How good a posterior is: diagnosis, comparison, calibration and their plots."""

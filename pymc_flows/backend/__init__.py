@@ -1,0 +1,1 @@
+"""Which backend computes, and how a graph is compiled for it."""

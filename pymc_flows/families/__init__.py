@@ -1,0 +1,1 @@
+"""Named recipes for flows, PyMC 3's formulas, and the list of all families."""

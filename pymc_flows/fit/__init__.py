@@ -1,0 +1,1 @@
+"""Fitting: the start, the objective, the training, and when it ends."""

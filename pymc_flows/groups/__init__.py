@@ -1,0 +1,1 @@
+"""Groups of variables: flows, multiplicative flows, and adapters for PyMC's own groups."""

@@ -1,0 +1,1 @@
+"""The approximate posterior: draws, log densities, files and corrections."""

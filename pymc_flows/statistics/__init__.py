@@ -1,0 +1,1 @@
+"""Importance weights and distances between draws: NumPy arrays in, numbers out."""

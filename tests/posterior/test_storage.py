@@ -1,0 +1,325 @@
+"""Files: what comes back is what was kept, or an error that says why not."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pymc as pm
+import pytensor
+import pytest
+import xarray as xr
+from numpy.testing import assert_array_equal
+
+from pymc_flows import NFVI, FlowApproximation, NormalizingFlow, bijections, load, save
+from pymc_flows.posterior import storage
+
+
+def model(scale=1.0, data=(0.5, 1.0, -0.3), centred=False):
+    with pm.Model(coords={"side": ["left", "right"]}) as built:
+        b = pm.HalfNormal("b", scale)
+        a = pm.Normal("a", 0, b if centred else 1.0, dims="side")
+        pm.Normal("y", a.sum(), b + 0.5, observed=np.array(data))
+    return built
+
+
+def perturbed(flow="realnvp", built=None, **options):
+    approx = NormalizingFlow(flow, model=built or model(), random_seed=1, **options)
+    weights = approx.params[0]
+    noise = np.random.default_rng(2).normal(size=weights.get_value().shape)
+    weights.set_value(weights.get_value() + 0.3 * noise)
+    return approx
+
+
+def assert_same_draws(left, right):
+    for seed in (3, None):
+        one, two = (approx.sample(7, random_seed=seed) for approx in (left, right))
+        for name in one.posterior:
+            assert_array_equal(one.posterior[name], two.posterior[name])
+        assert_array_equal(one.sample_stats["log_q"], two.sample_stats["log_q"])
+        assert_array_equal(one.sample_stats["log_p"], two.sample_stats["log_p"])
+
+
+@pytest.mark.parametrize(
+    ("flow", "options"),
+    [
+        ("realnvp", {"n_layers": 2, "hidden": (4,)}),
+        ("nsf", {"n_layers": 1, "hidden": (4,), "n_bins": 3}),
+        ("planar", {"n_layers": 3, "affine": "diagonal"}),
+        ("scale-hh*2-radial*2-loc", {}),
+        (bijections.Chain([bijections.Permutation(3, (2, 0, 1)), bijections.Scale(3)]), {}),
+        (bijections.Chain([bijections.LU(3, (2, 0, 1)), bijections.LU(3)]), {}),
+        ("flow", {"n_layers": 1}),
+        ("sylvester", {"n_layers": 1, "kind": "triangular", "affine": "low_rank"}),
+    ],
+    ids=str,
+)
+def test_draws_come_back_to_the_last_bit(flow, options, tmp_path, python):
+    approx = perturbed(flow, model(centred=flow == "flow"), **options)
+    approx.hist = np.array([3.0, 2.0, np.nan])
+    approx.fit_stats = {"steps": np.int64(3), "seconds": {"start": 0.5}, "modes_missed": 0}
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", model(centred=flow == "flow"))
+    assert type(again) is NormalizingFlow
+    assert_same_draws(approx, again)
+    assert_array_equal(again.hist, approx.hist)
+    assert again.fit_stats == approx.fit_stats
+
+
+def test_the_order_of_an_array_in_memory_moves_no_bit(tmp_path, python):
+    """Sums over rows are rounded otherwise where the rows lie apart in memory."""
+    with pm.Model() as wide:
+        pm.Normal("x", shape=20)
+        approx = NormalizingFlow("flow", n_layers=1, random_seed=1)
+    rng = np.random.default_rng(1)
+    factor = np.tril(rng.normal(size=(20, 20)))
+    np.fill_diagonal(factor, 1 + rng.random(20))
+    approx.groups[0].restart(rng.normal(size=20), np.asfortranarray(factor))
+    save(approx, tmp_path / "fit.nc")
+    assert_same_draws(approx, load(tmp_path / "fit.nc", wide))
+
+
+def test_a_flow_that_was_placed_and_grew_comes_back(tmp_path, python):
+    approx = perturbed("flow", model(centred=True), n_layers=1)
+    (group,) = approx.groups
+    group.noncentering = dataclasses.replace(group.noncentering, start=-6.0)
+    group.restart(np.array([1.0, 2.0, 3.0]), np.array([[1.0, 0, 0], [2, 1, 0], [0, 3, 1]]))
+    group.grow(2)
+    group.fitted = True
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", model(centred=True))
+    assert again.groups[0].fitted
+    assert again.groups[0].noncentering.start == -6
+    assert_same_draws(approx, again)
+
+
+def test_a_start_of_low_rank_comes_back_before_tails_and_after_layers(tmp_path, python):
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
+    factor = bijections.linear.low_rank_factor(np.arange(1.0, 9.0), vectors, 3 * vectors)
+    for flow in ("flow", "scale-loc"):
+        with pm.Model() as built:
+            pm.Normal("x", shape=8)
+        approx = perturbed(flow, built)
+        (group,) = approx.groups
+        group.place(np.arange(8.0), factor)
+        save(approx, tmp_path / "fit.nc")
+        again = load(tmp_path / "fit.nc", built)
+        assert_array_equal(again.groups[0].factor, factor)
+        assert_same_draws(approx, again)
+
+
+def test_groups_of_several_kinds_come_back(tmp_path, python):
+    built = model()
+    with built:
+        groups = [
+            pm.Group([built["a"]], vfam="realnvp", n_layers=1, hidden=(4,)),
+            pm.Group([built["b"]], vfam="mean_field"),
+        ]
+        approx = FlowApproximation(groups, random_seed=4)
+    groups[1].params_dict["rho"].set_value(np.array([0.3]))
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", model())
+    assert type(again) is FlowApproximation
+    assert_same_draws(approx, again)
+
+
+def test_what_comes_back_can_be_trained_further(tmp_path, python):
+    built = model()
+    with built:
+        settings = {"initialize": False, "progressbar": False}
+        approx = pm.fit(
+            20,
+            method="realnvp",
+            inf_kwargs={"n_layers": 1, "hidden": (4,)},
+            random_seed=1,
+            **settings,
+        )
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", model())
+    before = again.params[0].get_value()
+    NFVI(again).fit(5, initialize=False, progressbar=False)
+    assert again.hist.size == 25
+    assert again.params[0].get_value().shape == before.shape
+    assert (again.params[0].get_value() != before).any()
+
+
+def test_advi_is_kept_too(tmp_path, python):
+    with model():
+        approx = pm.fit(20, method="fullrank_advi", random_seed=1, progressbar=False)
+    save(approx, tmp_path / "fit.nc")
+    (group,) = load(tmp_path / "fit.nc", model()).groups
+    for name, param in approx.groups[0].params_dict.items():
+        assert_array_equal(group.params_dict[name].get_value(), param.get_value())
+
+
+@pytest.fixture
+def kept(tmp_path, python):
+    path = tmp_path / "fit.nc"
+    save(perturbed("scale-loc"), path)
+    return path
+
+
+def other(**changes):
+    """Models that differ in one thing each."""
+    with pm.Model() as built:
+        b = pm.HalfNormal("b") if changes.get("b", True) else pm.LogNormal("b")
+        a = pm.Normal("a", shape=changes.get("shape", 2))
+        if changes.get("extra"):
+            pm.Normal("c")
+        if changes.get("potential"):
+            pm.Potential("more", -(a**2).sum())
+        pm.Normal("y", a.sum(), b + 0.5, observed=[0.5, 1.0, -0.3])
+    return built
+
+
+def test_variables_that_differ_are_told(kept):
+    with pm.Model() as built:
+        pm.Normal("bb")
+        pm.Normal("a", shape=2)
+    with pytest.raises(ValueError, match="'b' is missing; did you mean bb"):
+        load(kept, built)
+    with pytest.raises(ValueError, match=r"no variables that .* lacks, got \['c'\]"):
+        load(kept, other(extra=True))
+    with pytest.raises(ValueError, match=r"shape of 'a' must be as fitted, \[2\], got \[4\]"):
+        load(kept, other(shape=4))
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [
+        (lambda: other(b=False), "distribution of 'b' was HalfNormalRV and is LogNormalRV"),
+        (lambda: model(scale=2.0), "log density of 'b' was -0.*, now -1"),
+        (lambda: model(data=(0.5, 1.0, 0.3)), "data of 'y': other values"),
+        (lambda: model(data=(0.5, 1.0)), r"data of 'y': shape \[3\], now \[2\]"),
+        (lambda: other(potential=True), "'more' is new"),
+    ],
+)
+def test_densities_and_data_that_differ_are_told(kept, built, message):
+    with pytest.raises(ValueError, match=message):
+        load(kept, built())
+    with pytest.warns(UserWarning, match=message):
+        assert load(kept, built(), strict=False).ddim == 3
+
+
+def test_damaged_truncated_and_foreign_files_are_told(kept, tmp_path):
+    whole = kept.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:10], b"", b"no netCDF at all"):
+        kept.write_bytes(broken)
+        with pytest.raises(ValueError, match="is damaged"):
+            load(kept, model())
+    flipped = bytearray(whole)
+    flipped[-9] ^= 0xFF
+    kept.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="is damaged"):
+        load(kept, model())
+    foreign = tmp_path / "foreign.nc"
+    xr.Dataset({"x": ("n", [1.0])}).to_netcdf(foreign, engine="scipy")
+    with pytest.raises(ValueError, match="some other netCDF file"):
+        load(foreign, model())
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load(tmp_path / "none.nc", model())
+
+
+def test_files_of_later_versions_are_told(tmp_path, monkeypatch, python):
+    monkeypatch.setattr(storage, "FORMAT_VERSION", 7)
+    save(perturbed("scale-loc"), tmp_path / "fit.nc")
+    monkeypatch.setattr(storage, "FORMAT_VERSION", 2)
+    with pytest.raises(ValueError, match="of format 2 at most, got 7: a newer"):
+        load(tmp_path / "fit.nc", model())
+
+
+def test_a_save_that_fails_leaves_the_old_file_whole(kept, monkeypatch):
+    before = kept.read_bytes()
+
+    def write_half(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        save(perturbed("scale-loc"), kept)
+    assert kept.read_bytes() == before
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path, python):
+    @dataclasses.dataclass(frozen=True)
+    class Mine(bijections.Loc):
+        """A layer that no file could bring back."""
+
+    with pytest.raises(TypeError, match=r"layers must be of pymc_flows.bijections to be saved"):
+        save(perturbed(Mine(3)), tmp_path / "fit.nc")
+    with pytest.raises(TypeError, match="approx must be an approximation, got int"):
+        save(3, tmp_path / "fit.nc")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_pickle_and_versions_are_in_the_file(kept):
+    with xr.open_dataset(kept, engine="scipy") as dataset:
+        record = json.loads(dataset.attrs["fit"])
+    assert record["versions"]["pymc"] == pm.__version__
+    assert record["model"]["free"]["b"]["distribution"] == "HalfNormalRV"
+
+
+def amortised(context, data=(-1.0, 0.3, 2.0)):
+    """A group whose flow sees a context made of the model's data."""
+    with pm.Model() as built:
+        seen = pm.Data("seen", np.array(data))
+        z = pm.Normal("z", shape=3)
+        pm.Deterministic("column", seen[:, None])
+        pm.Normal("y", z, 0.5, observed=seen)
+        group = pm.Group([z], vfam="iaf", n_layers=1, context=context(built))
+    return FlowApproximation([group], model=built, random_seed=1)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda _: np.array([[-1.0], [0.3], [2.0]]),
+        lambda _: np.array([[-1], [0], [2**40]]),
+        lambda _: np.array([[1], [0], [200]], dtype="uint8"),
+        lambda built: built["column"],
+    ],
+)
+def test_a_group_comes_back_with_its_context(context, tmp_path, python):
+    approx = amortised(context)
+    noise = np.random.default_rng(2).normal(size=approx.params[0].get_value().shape)
+    approx.params[0].set_value(noise)
+    save(approx, tmp_path / "fit.nc")
+    again = load(tmp_path / "fit.nc", amortised(context).model)
+    assert_same_draws(approx, again)
+    # and it is the model's, new data and all, or the file's, which stays
+    for one in (approx, again):
+        pm.set_data({"seen": np.array([1.0, 0.0, 0.5])}, model=one.model)
+    assert_same_draws(approx, again)
+
+
+def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
+    encoder = pytensor.shared(1.0, name="encoder")
+    for context in (
+        lambda built: built["seen"][:, None],
+        lambda built: encoder * built["column"],
+        lambda built: pm.Deterministic("code", encoder * built["column"]),
+        lambda built: pm.Deterministic("noisy", pm.Normal.dist() * built["column"]),
+    ):
+        with pytest.raises(TypeError, match=r"context must be an array, pm\.Data, or a"):
+            save(amortised(context), tmp_path / "fit.nc")
+    assert not list(tmp_path.iterdir())
+    save(amortised(lambda built: built["column"]), tmp_path / "fit.nc")
+    with pm.Model() as other:
+        z = pm.Normal("z", shape=3)
+        pm.Normal("y", z, 0.5, observed=np.array([-1.0, 0.3, 2.0]))
+    with pytest.raises(
+        ValueError, match="the model must have 'column', which is a group's context"
+    ):
+        load(tmp_path / "fit.nc", other)
+    with other:
+        pm.Deterministic("column", pm.math.stack([np.ones(3)] * 2, axis=1))
+    with pytest.raises(ValueError, match="column, a group's context, must have 1 columns, got 2"):
+        load(tmp_path / "fit.nc", other)
+
+
+def test_couplings_of_the_first_format_compute_in_double_precision():
+    saved = storage._of_layer(bijections.Coupling(3, hidden=(4,), single=True), "", {})
+    assert storage._layer_from(saved, {}) == bijections.Coupling(3, hidden=(4,), single=True)
+    del saved["settings"]["single"]
+    assert storage._layer_from(saved, {}) == bijections.Coupling(3, hidden=(4,))
