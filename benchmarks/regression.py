@@ -85,7 +85,7 @@ def minibatches() -> pm.Model:
         inputs, outputs = pm.Minibatch(x, y, batch_size=50)
         mean = pm.Normal("intercept") + inputs @ pm.Normal("slopes", shape=3)
         scale = pm.HalfNormal("scale")
-        pm.StudentT("y", 4, mean, scale, observed=outputs, total_size=400)
+        pm.StudentT("y", nu=4, mu=mean, sigma=scale, observed=outputs, total_size=400)
     return model
 
 

@@ -14,12 +14,11 @@ import xarray as xr
 
 from pymc_flows.messages import warn_user
 from pymc_flows.statistics import distances
+from pymc_flows.statistics.criteria import GRADES, WORST_GRADE
 from pymc_flows.statistics.distances import wasserstein
 
 SAMPLE_DIMS = ("chain", "draw")
 MIN_DRAWS = 4
-# |mean difference| below, sd ratio from, to, W1 below; in standard deviations of the reference.
-LIMITS = {"accurate": (0.1, 0.9, 1.1, 0.12), "usable": (0.3, 0.75, 1.33, 0.3)}
 
 
 def compare(
@@ -137,7 +136,7 @@ def grade(table: pd.DataFrame) -> pd.DataFrame:
     by_method = {"level": "method", "sort": False}
     graded = pd.DataFrame(
         {
-            "grade": "off",
+            "grade": WORST_GRADE,
             "mean_difference": mean_difference.groupby(**by_method).max(),
             "sd_ratio_min": sd_ratio.groupby(**by_method).min(),
             "sd_ratio_max": sd_ratio.groupby(**by_method).max(),
@@ -147,12 +146,8 @@ def grade(table: pd.DataFrame) -> pd.DataFrame:
             "floor_w1": table["floor_w1"].groupby(**by_method).max(),
         }
     )
-    for word, (mean_limit, sd_low, sd_high, w1_limit) in reversed(LIMITS.items()):
-        within = (
-            ~(mean_difference >= mean_limit)
-            & ~((sd_ratio < sd_low) | (sd_ratio > sd_high))
-            & ~(table["w1"] >= w1_limit)
-        )
+    for word, limits in reversed(GRADES.items()):
+        within = limits.admits(mean_difference, sd_ratio, table["w1"])
         graded.loc[within.groupby(**by_method).all(), "grade"] = word
     if summary := table.attrs.get("summary"):
         graded = graded.join(pd.DataFrame.from_dict(summary, orient="index"))

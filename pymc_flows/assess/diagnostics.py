@@ -18,16 +18,12 @@ from xarray import DataTree
 
 from pymc_flows.assess.compare import Scalars
 from pymc_flows.posterior.approximation import AUXILIARY_DENSITY, with_density
+from pymc_flows.statistics import importance
+from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.distances import transport
 from pymc_flows.statistics.importance import khat, khat_threshold, smooth
 
 RELIABLE, CORRECTABLE, UNRELIABLE = "reliable", "reliable after correction", "unreliable"
-# errors of a fit that needs no correction: those that compare.grade calls accurate
-MEAN_ERROR, SD_ERROR, QUANTILE_ERROR = 0.1, 0.1, 0.12
-# standard errors of their estimates that errors are stated with
-CERTAINTY = 2
-# effective draws that a correction needs
-FEWEST_EFFECTIVE = 100
 
 
 @dataclass(frozen=True)
@@ -223,8 +219,8 @@ def diagnose(
     if isinstance(approx, DataTree):
         result, record = approx, {}
     else:
-        if draws < FEWEST_EFFECTIVE:
-            raise ValueError(f"draws must be at least {FEWEST_EFFECTIVE}, got {draws}")
+        if draws < THRESHOLDS.effective_draws:
+            raise ValueError(f"draws must be at least {THRESHOLDS.effective_draws}, got {draws}")
         approx = with_density(approx)
         result, record = approx.sample(draws, random_seed=random_seed), approx.fit_stats
     return diagnose_draws(result, record, var_names)
@@ -235,10 +231,12 @@ def diagnose_draws(
 ) -> Diagnosis:
     """As :func:`diagnose`, of draws and a fit's ``fit_stats``."""
     log_p, log_q = (_stat(result, name) for name in ("log_p", "log_q"))
-    log_weights = np.where(np.isfinite(log_p), log_p - log_q, -np.inf)
+    log_weights = importance.log_weights(log_p, log_q)
     n_draws = log_weights.size
-    if n_draws < FEWEST_EFFECTIVE:
-        raise ValueError(f"approx must have at least {FEWEST_EFFECTIVE} draws, got {n_draws}")
+    if n_draws < THRESHOLDS.effective_draws:
+        raise ValueError(
+            f"approx must have at least {THRESHOLDS.effective_draws} draws, got {n_draws}"
+        )
     valid = np.isfinite(log_weights)
     weighed = smooth(log_weights)
     errors = _errors(result, log_weights, weighed.weights, var_names)
@@ -317,11 +315,11 @@ def _tail(log_weights, distance):
 
 def _stated(errors, column):
     """The largest error, with what its estimate may be off by."""
-    return float((errors[column].abs() + CERTAINTY * errors[f"{column}_se"]).max())
+    return float((errors[column].abs() + THRESHOLDS.standard_errors * errors[f"{column}_se"]).max())
 
 
 def _largest(errors, column):
-    return (errors[column].abs() + CERTAINTY * errors[f"{column}_se"]).idxmax()
+    return (errors[column].abs() + THRESHOLDS.standard_errors * errors[f"{column}_se"]).idxmax()
 
 
 def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
@@ -335,7 +333,7 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
     if numbers["restarts_agree"] is False:
         reasons.append("fits from other starts ended elsewhere")
         advice.append('see fit_stats["restarts"]: there may be several modes')
-    if numbers["invalid_draws"] > 0.01 * numbers["n_draws"]:
+    if numbers["invalid_draws"] > THRESHOLDS.invalid_share * numbers["n_draws"]:
         reasons.append(
             f"{numbers['invalid_draws']} of {numbers['n_draws']} draws are where the model has no density"
         )
@@ -357,18 +355,21 @@ def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
             "more mass than the fit where its draws are rare, and no weights make up for that"
         )
         advice.append("try a larger flow or another family, or sample_neutra, or NUTS")
-    elif numbers["ess"] < FEWEST_EFFECTIVE:
+    elif numbers["ess"] < THRESHOLDS.effective_draws:
         reasons.append(f"the weights leave {numbers['ess']:.0f} effective draws")
         advice.append("weigh more draws, or try a larger flow")
     if reasons:
         return UNRELIABLE, reasons, advice
-    if numbers["mean_error"] > MEAN_ERROR or numbers["sd_error"] > SD_ERROR:
+    if (
+        numbers["mean_error"] > THRESHOLDS.reliable_mean_error
+        or numbers["sd_error"] > THRESHOLDS.reliable_sd_error
+    ):
         in_mean, in_sd = _largest(errors, "mean_shift"), _largest(errors, "sd_change")
         reasons.append(
             f"the weights, which can be trusted, would move means by up to {numbers['mean_error']:.2g} "
             f"sd ({in_mean}) and sds by up to {numbers['sd_error']:.0%} ({in_sd})"
         )
-    if numbers["quantile_error"] > QUANTILE_ERROR:
+    if numbers["quantile_error"] > THRESHOLDS.reliable_quantile_error:
         reasons.append(
             f"the weights, which can be trusted, would move the quantiles of {errors['w1'].idxmax()} by "
             f"{numbers['quantile_error']:.2g} sd on average: its shape is another"

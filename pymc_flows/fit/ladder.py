@@ -48,7 +48,14 @@ from pymc_flows.posterior.approximation import (
     log_density_of_group,
     noise_dim,
 )
-from pymc_flows.statistics.importance import Weighing
+from pymc_flows.statistics.criteria import (
+    THRESHOLDS,
+    early_ess,
+    may_end_early,
+    restarts_agree,
+    weights_are_even,
+)
+from pymc_flows.statistics.importance import WeightedChange
 
 # multipliers of a step, one for each draw, row of the data and row of a matrix, that memory easily holds
 MANY_MULTIPLIERS = 2**21
@@ -57,19 +64,10 @@ BATCH = 64
 # draws by which states are chosen, and by which what was reached is weighed
 CHOICE_DRAWS, WEIGHED_DRAWS = 1024, 2048
 # and those that say, while a fit trains, whether weighing more of them is worth it
-GLANCE_DRAWS, NOISE_OF_A_GLANCE = 256, 0.05
-# few draws seldom hold the heaviest: what is hopeless may look this good
-HOPELESS_AT_A_GLANCE = 0.6
+GLANCE_DRAWS = 256
 # draws a step, and layers times steps, up to which a flow that is not JAX's runs in NumPy: about a
 # millisecond a layer and step, so at most the minute that compiling would take
 FEW_DRAWS, LITTLE_WORK = 128, 50_000
-# effective share of draws below which more are weighed, for one heavy draw can decide it
-DOUBTFUL = 0.9
-# effective share of draws with which a fit may end before its loss stops falling: in few dimensions, in
-# any, and what each of more may take off its logarithm
-ENOUGH, LEAST_ENOUGH, LOSS_A_DIMENSION = 0.95, 0.8, 0.004
-# and with which it is not worth polishing what will grow
-HOPELESS = 0.4
 # draws of steps after which a fit whose rate was cut is glanced at again, and weighed
 LOOK_AFTER, WEIGH_AFTER = 8 * GLANCE_DRAWS, 4 * WEIGHED_DRAWS
 # what a fit goes on with where the weights of what it reached are uneven
@@ -197,7 +195,7 @@ class Ladder:
         """Go on with a larger flow and more draws where weights are uneven; warn if they stay so."""
         settings, judgement = self.settings, self.judge()
         over = self.start is None or self.interrupted or self.called_off or n_left < LEAST_STEPS
-        if settings.may_grow and not over and not judgement.weighing.even:
+        if settings.may_grow and not over and not weights_are_even(judgement.weighing):
             for group in self._flows:
                 # callbacks may count on the weights' shape
                 if group.may_grow and not settings.callbacks:
@@ -206,7 +204,7 @@ class Ladder:
             step = self._compile_step(MORE_DRAWS * settings.n_draws)
             self._train(step, Schedule(settings.rate, n_left, window=settings.patience), n_left)
             judgement = self.judge()
-        if not judgement.weighing.even:
+        if not weights_are_even(judgement.weighing):
             self._warn_of(judgement.weighing)
         self._look_for_modes(judgement)
 
@@ -226,7 +224,7 @@ class Ladder:
 
     def _weigh(self):
         judgement = self._judge(self._seed(), WEIGHED_DRAWS)
-        if judgement.weighing.ess < DOUBTFUL:
+        if judgement.weighing.ess < THRESHOLDS.doubtful_ess:
             judgement = self._judge(self._seed(), 4 * WEIGHED_DRAWS)
         if self._local is None:  # otherwise the weights are those of no one draw
             self.approx.fit_stats["ess"] = judgement.weighing.ess
@@ -529,17 +527,21 @@ class Ladder:
         growing = self.settings.may_grow and self._growth_ahead and n_left >= LEAST_STEPS
         growing = growing and cut and schedule.n_cuts > 1
         glance = self._judge(self._seed(), GLANCE_DRAWS).weighing
-        hopeless = growing and glance.ess < HOPELESS_AT_A_GLANCE
+        hopeless = growing and glance.ess < THRESHOLDS.hopeless_ess_of_few
         due = cut or (n_taken - self._weighed_at) * n_draws >= WEIGH_AFTER
-        promising = due and glance.ess > enough(glance) - NOISE_OF_A_GLANCE
+        promising = due and glance.ess > early_ess(glance.mean_shift.size) - THRESHOLDS.ess_noise
         if not hopeless and not promising:
             return ""  # more steps; what is missed here is weighed at the end
         self._weighed_at = n_taken
         judgement = self._weigh() if hopeless else self._judge(self._seed(), WEIGHED_DRAWS)
-        if good(judgement.weighing):
+        if may_end_early(judgement.weighing):
             self._even_elbo = judgement.elbo
             return "the importance weights are even"
-        if hopeless and judgement.weighing.ess < HOPELESS and not judgement.weighing.even:
+        if (
+            hopeless
+            and judgement.weighing.ess < THRESHOLDS.hopeless_ess
+            and not weights_are_even(judgement.weighing)
+        ):
             return "the importance weights are uneven, and a larger flow may do better"
         return ""
 
@@ -579,7 +581,9 @@ class Ladder:
         stats["roll_backs"] += run.roll_backs
         n_draws = self.step.n_draws if self.step is not None else 0
         share = run.invalid_draws / max(1, run.losses.size * n_draws)
-        if share > 0.01 or run.nonfinite_steps > 0.01 * max(1, run.losses.size):
+        if share > THRESHOLDS.invalid_share or run.nonfinite_steps > THRESHOLDS.invalid_share * max(
+            1, run.losses.size
+        ):
             warn_user(
                 f"{run.nonfinite_steps} of {run.losses.size} steps were skipped as not finite, and "
                 f"{share:.1%} of the other steps' draws were left out: the model's log density or "
@@ -610,12 +614,14 @@ class Ladder:
                 local = about(target, mode, self._spread(judgement), noise)
                 x = np.concatenate([mode[None], local.draws(noise)])
                 log_p = target(x)[0] - judgement.log_evidence
-                left_out = np.isfinite(log_p) & (log_p - self._log_density(x) > 2)
+                left_out = np.isfinite(log_p) & (
+                    log_p - self._log_density(x) > THRESHOLDS.mode_log_ratio
+                )
                 # a share beyond all bounds is missed as much as one of the whole
                 share = np.exp(np.minimum(log_p[1:] - local.log_density(noise), 100.0))
                 lost = share[left_out[1:]].sum() / noise.shape[0]
                 # what is lost about a mode that the fit has is its edges
-                missed += bool(left_out[0] and lost > 0.02)
+                missed += bool(left_out[0] and lost > THRESHOLDS.mode_share)
         except NotImplementedInference:
             warn_user(
                 f"the search for a start ended in {len(self._modes)} places apart from each other: "
@@ -641,15 +647,15 @@ class Ladder:
             first += group.ddim
         return pytensor.function([], log_q, mode="FAST_COMPILE")()
 
-    def _warn_of(self, weighing: Weighing) -> None:
+    def _warn_of(self, weighing: WeightedChange) -> None:
         names = [name for group in self.approx.groups for name in _labels(group)]
-        moves = weighing.shift, weighing.change, weighing.w1
+        moves = weighing.mean_shift, weighing.variance_change, weighing.w1
         shifted, changed, bent = (int(move.argmax()) for move in moves)
         warn_user(
             f"the fit's importance weights are uneven (effective sample size {weighing.ess:.1%} of "
             f"the draws): they would move the mean of {names[shifted]} by "
-            f"{weighing.shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
-            f"{weighing.change[changed]:.0%}, and the quantiles of {names[bent]} by {weighing.w1[bent]:.2f} sd "
+            f"{weighing.mean_shift[shifted]:.2f} sd and change the variance of {names[changed]} by "
+            f"{weighing.variance_change[changed]:.0%}, and the quantiles of {names[bent]} by {weighing.w1[bent]:.2f} sd "
             f"on average, or more where the draws do not reach. Compare with "
             "pm.sample before trusting it, or try another family"
         )
@@ -662,18 +668,6 @@ class Ladder:
             yield
         finally:
             self.approx.fit_stats["seconds"][stage] += time.perf_counter() - started
-
-
-def enough(weighing: Weighing) -> float:
-    """Effective share of draws with which a fit may end though its loss still falls."""
-    # the same misfit in each of more dimensions leaves less even weights
-    return max(LEAST_ENOUGH, min(ENOUGH, math.exp(-LOSS_A_DIMENSION * weighing.shift.size)))
-
-
-def good(weighing: Weighing) -> bool:
-    """Whether a fit may end though its loss still falls."""
-    small = weighing.ess > ENOUGH or weighing.unmoved
-    return weighing.even and weighing.ess > enough(weighing) and small
 
 
 def depth(bijection: Bijection) -> int:
@@ -740,7 +734,7 @@ def climb_again(approx: FlowApproximation, settings: Settings, n_restarts: int) 
     report = [_compared(judgement, best) for judgement, *_ in fits_made]
     agree: bool | None = None
     if len(report) > 1:
-        agree = all(one["shift"] < 0.2 and 0.8 < one["sd_ratio"] < 1.25 for one in report)
+        agree = all(restarts_agree(one["shift"], one["sd_ratio"]) for one in report)
     approx.fit_stats |= {"restarts": report, "restarts_agree": agree}
     if agree is False:
         found = "; ".join(f"{k} {v:.3g}" for one in report for k, v in one.items())

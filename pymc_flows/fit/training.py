@@ -22,7 +22,7 @@ from pymc_flows.backend.compilation import compile_function
 from pymc_flows.fit.objective import Objective, Target
 from pymc_flows.model.log_density import batch, log_density, value_slices
 from pymc_flows.posterior.approximation import FlowApproximation, noise_dim
-from pymc_flows.statistics.importance import Weighing, weigh
+from pymc_flows.statistics.importance import WeightedChange, weighted_change
 
 BETA1, EPSILON = 0.9, 1e-8
 # the first gradients, far from the posterior, are huge: 0.999 would remember them for 1000 steps
@@ -304,15 +304,15 @@ class Judgement:
         return float(np.logaddexp.reduce(self.log_weights) - math.log(self.log_weights.size))
 
     @functools.cached_property
-    def weighing(self) -> Weighing:
+    def weighing(self) -> WeightedChange:
         """What the weights would change; a draw without density has none."""
         placed = np.isfinite(self.x).all(axis=1)
         x, log_weights = self.x[placed], self.log_weights[placed]
         if np.isfinite(log_weights).sum() < 2:
             unknown = np.full(self.x.shape[1], np.inf)
             exact = np.zeros_like(unknown)
-            return Weighing(0.0, unknown, exact, unknown, exact, unknown, 0.0)
-        found = weigh(log_weights, (x - x.mean(axis=0)) / x.std(axis=0))
+            return WeightedChange(0.0, unknown, exact, unknown, exact, unknown, 0.0)
+        found = weighted_change(log_weights, (x - x.mean(axis=0)) / x.std(axis=0))
         return dataclasses.replace(found, ess=found.ess * float(placed.mean()))
 
 

@@ -18,10 +18,10 @@ from pymc_flows.messages import warn_user
 from pymc_flows.model.log_density import value_slices
 from pymc_flows.model.minibatch import whole_model
 from pymc_flows.posterior.approximation import base_dim, is_normal, with_density
+from pymc_flows.statistics import importance
+from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.importance import khat_threshold, smooth
 
-# what ArviZ asks of R-hat, and of the effective draws of each chain
-LARGEST_RHAT, FEWEST_PER_CHAIN = 1.01, 100
 # draws that a chain's first one is chosen from
 POOL = 100
 # correlations of a move's noise with that it starts from, in turn: far moves pass where weights are even
@@ -187,7 +187,9 @@ def sample_imh(
         "khat": smooth(log_weights).khat,
     }
     result["correction"] = DataTree(xr.Dataset(attrs=said))
-    if chains > 1 and not (rhat <= LARGEST_RHAT and ess >= FEWEST_PER_CHAIN * chains):
+    if chains > 1 and not (
+        rhat <= THRESHOLDS.rhat and ess >= THRESHOLDS.effective_draws_per_chain * chains
+    ):
         warn_user(
             f"the chains have not converged: R-hat {rhat:.2f}, {ess:.0f} effective draws, "
             f"{accepted.mean():.0%} accepted. Take more draws, or try sample_neutra"
@@ -222,7 +224,7 @@ def _moved(approx, noise, log_weights, moves, rng):
         fresh = [rng.standard_normal(z.shape).astype(z.dtype) for z in noise]
         tried = [kept * z + (1 - kept**2) ** 0.5 * new for z, new in zip(noise, fresh, strict=True)]
         tried_values, tried_log_p, tried_log_q = approx.made_of(tried)
-        tried_weights = np.where(np.isfinite(tried_log_p), tried_log_p - tried_log_q, -np.inf)
+        tried_weights = importance.log_weights(tried_log_p, tried_log_q)
         goes = np.log1p(-rng.random(len(log_weights))) < tried_weights - log_weights
         accepted += float(goes.mean()) / moves
         log_weights = np.where(goes, tried_weights, log_weights)
@@ -371,7 +373,7 @@ def _integer(seed: np.random.SeedSequence) -> int:
 def _log_weights(drawn: DataTree) -> np.ndarray:
     stats = drawn["sample_stats"]
     log_p, log_q = (np.asarray(stats[name], dtype=float).ravel() for name in ("log_p", "log_q"))
-    return np.where(np.isfinite(log_p), log_p - log_q, -np.inf)
+    return importance.log_weights(log_p, log_q)
 
 
 def _taken(drawn, rows, stats: Mapping[str, np.ndarray], said: Mapping[str, Any]) -> DataTree:

@@ -1,4 +1,4 @@
-"""What importance weights say of an approximation: how even they are, and what they would change."""
+"""Importance weights: their effective sample size, their tail, and what they would change."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import numpy as np
 
 from pymc_flows.statistics.distances import transport
 
-# below: a quarter of the draws' worth is lost to the weights
-EVEN = 0.75
-# below: a few draws decide, and moments that they do not move say nothing
-TOO_FEW = 0.1
-# beyond one standard error of the change itself
-SMALL_SHIFT, SMALL_CHANGE = 0.02, 0.05
-# in standard deviations, of quantiles on average: a fit that is this far off is not accurate
-SMALL_W1 = 0.1
-# nats by which log weights differ that are the same but for rounding
-SAME = 1e-6
+# nats; log weights that differ by less are equal up to rounding
+EQUAL = 1e-6
+# nats below the smallest finite log weight; what stands for a weight of zero while others are smoothed
+BELOW = 50.0
 
 
-def normalised(log_weights: np.ndarray) -> np.ndarray:
-    """Weights (draws,) that sum to one; a log weight of -inf, or NaN, is none."""
+def log_weights(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """Log importance weights (draws,) in nats; -inf where the model has no finite density.
+
+    >>> log_weights(np.array([1.0, -np.inf]), np.array([0.5, 0.5])).tolist()
+    [0.5, -inf]
+    """
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(log_p), log_p - log_q, -np.inf)
+
+
+def normalise(log_weights: np.ndarray) -> np.ndarray:
+    """Weights (draws,) that sum to one; a log weight of -inf or NaN is a weight of zero.
+
+    >>> normalise(np.log([1.0, 3.0])).tolist()
+    [0.25, 0.75]
+    """
     log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
     largest = log_weights.max()
     if not np.isfinite(largest):
@@ -32,7 +40,7 @@ def normalised(log_weights: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class SmoothedWeights:
     """Pareto-smoothed importance weights (Vehtari et al. 2024, arXiv:1507.02646).
 
     Attributes
@@ -40,12 +48,12 @@ class Smoothed:
     weights : ndarray
         (draws,), smoothed, with sum one.
     khat : float
-        Shape of the generalised Pareto distribution of the largest weights: below 0.5 they have a
-        variance, below 1 a mean. 0 where all are the same, infinite where none is finite.
+        Shape of the generalised Pareto distribution of the largest weights. Below 0.5 they have a
+        variance, below 1 a mean. 0 where all weights are equal, infinite where fewer than two are finite.
     log_evidence : float
         Log of the mean smoothed weight, in nats.
     log_evidence_se : float
-        Its standard error, as far as the draws can tell.
+        Its standard error, estimated from the same draws.
     """
 
     weights: np.ndarray
@@ -60,30 +68,37 @@ class Smoothed:
 
 
 def khat_threshold(n_draws: int) -> float:
-    """k-hat up to which so many draws are enough (Vehtari et al. 2024, section 3.2.4)."""
+    """Largest k-hat at which this many draws are enough (Vehtari et al. 2024, section 3.2.4).
+
+    >>> round(khat_threshold(4000), 2)
+    0.7
+    """
     return min(1 - 1 / math.log10(max(n_draws, 2)), 0.7)
 
 
 def khat(log_weights: np.ndarray) -> float:
-    """Tail index of importance weights (draws,), given their logs, by ArviZ."""
+    """Pareto tail index of importance weights (draws,), given their logs.
+
+    >>> khat(np.zeros(1000))
+    0.0
+    """
     return smooth(log_weights).khat
 
 
-def smooth(log_weights: np.ndarray) -> Smoothed:
+def smooth(log_weights: np.ndarray) -> SmoothedWeights:
     """Smooth importance weights (draws,), given their logs; -inf and NaN are weights of zero."""
     from arviz_stats.base import array_stats  # slow to import
 
     n_draws = log_weights.size
     valid = np.isfinite(log_weights)
     if valid.sum() < 2:
-        return Smoothed(np.full(n_draws, 1 / n_draws), math.inf, -math.inf, math.inf)
-    # smoothing changes the largest only, so what stands for zero may be anything that is small
-    floor = log_weights[valid].min() - 50
-    padded = np.where(valid, log_weights, floor)
-    if np.ptp(log_weights[valid]) < SAME:
+        return SmoothedWeights(np.full(n_draws, 1 / n_draws), math.inf, -math.inf, math.inf)
+    # smoothing changes only the largest weights, so any small value can stand for zero
+    padded = np.where(valid, log_weights, log_weights[valid].min() - BELOW)
+    if np.ptp(log_weights[valid]) < EQUAL:
         shape, smoothed = 0.0, padded - np.logaddexp.reduce(padded)
     else:
-        # ArviZ negates what it is given; NaN is its word for a tail unlike any Pareto's
+        # ArviZ negates its input; it returns NaN for a tail that no Pareto distribution fits
         with np.errstate(over="ignore"):
             smoothed, shape = array_stats.psislw(-padded)
         shape = math.inf if np.isnan(shape) else shape
@@ -91,82 +106,78 @@ def smooth(log_weights: np.ndarray) -> Smoothed:
     log_evidence = float(padded[smallest] - smoothed[smallest] - math.log(n_draws))
     weights = np.where(valid, np.exp(smoothed), 0.0)
     weights /= weights.sum()
-    spread = n_draws * (weights**2).sum() - 1
-    error = math.sqrt(max(spread, 0.0) / n_draws)
-    return Smoothed(weights, float(shape), log_evidence, error)
+    excess = n_draws * (weights**2).sum() - 1
+    error = math.sqrt(max(excess, 0.0) / n_draws)
+    return SmoothedWeights(weights, float(shape), log_evidence, error)
 
 
 @dataclass(frozen=True)
-class Weighing:
-    """How a posterior's moments differ from those of draws from its approximation, by their weights.
+class WeightedChange:
+    """What importance weights would change in the draws of an approximation.
 
     Attributes
     ----------
     ess : float
-        Effective sample size as a share of the draws (Kong 1992): 1 if all weights are the same.
-    shift, shift_error : ndarray
-        (dim,), change of each mean, in the draws' standard deviations, and its standard error.
-    change, change_error : ndarray
-        (dim,), relative change of each variance about the draws' mean, and its standard error.
+        Effective sample size as a share of the draws (Kong 1992); 1 if all weights are equal.
+    mean_shift, mean_shift_se : ndarray
+        (dim,), absolute change of each mean in the draws' standard deviations, and its standard error.
+    variance_change, variance_change_se : ndarray
+        (dim,), absolute relative change of each variance about the draws' mean, and its standard error.
     w1 : ndarray
-        (dim,), Wasserstein-1 distance of the draws from themselves weighed, in their standard deviations.
+        (dim,), Wasserstein-1 distance between the draws and the weighted draws, in standard deviations.
     w1_noise : float
-        What that is on average of a normal dimension with which the weights have nothing to do.
+        Expected w1 of a normal dimension that is independent of the weights.
     """
 
     ess: float
-    shift: np.ndarray
-    shift_error: np.ndarray
-    change: np.ndarray
-    change_error: np.ndarray
+    mean_shift: np.ndarray
+    mean_shift_se: np.ndarray
+    variance_change: np.ndarray
+    variance_change_se: np.ndarray
     w1: np.ndarray
     w1_noise: float
 
     @property
-    def clear_shift(self) -> float:
-        """The largest change of a mean, less its standard error."""
-        return float((self.shift - self.shift_error).max())
+    def clear_mean_shift(self) -> float:
+        """The largest shift of a mean beyond its standard error."""
+        return float((self.mean_shift - self.mean_shift_se).max())
 
     @property
-    def clear_change(self) -> float:
-        """The largest relative change of a variance, less its standard error."""
-        return float((self.change - self.change_error).max())
-
-    @property
-    def same_shape(self) -> bool:
-        """Whether the weights leave quantiles where they are, as two modes under one hump would not."""
-        return float(self.w1.max() - 2 * self.w1_noise) < SMALL_W1
-
-    @property
-    def even(self) -> bool:
-        """Whether the weights give no reason to go on fitting."""
-        if self.ess < TOO_FEW or not self.same_shape:
-            return False
-        return self.ess >= EVEN or self.unmoved
-
-    @property
-    def unmoved(self) -> bool:
-        """Whether the weights leave means and variances where they are."""
-        return self.clear_shift <= SMALL_SHIFT and self.clear_change <= SMALL_CHANGE
+    def clear_variance_change(self) -> float:
+        """The largest relative change of a variance beyond its standard error."""
+        return float((self.variance_change - self.variance_change_se).max())
 
 
-def weigh(log_weights: np.ndarray, z: np.ndarray) -> Weighing:
-    """Weigh draws.
+# E|N(0, 1)| times the integral of sqrt(F (1 - F)) over the line, F the normal distribution function
+NORMAL_W1 = 1.29
+
+
+def weighted_change(log_weights: np.ndarray, z: np.ndarray) -> WeightedChange:
+    """Estimate what importance weights would change.
 
     Parameters
     ----------
     log_weights : ndarray
-        (draws,), log density of the posterior less that of the approximation.
+        (draws,), log density of the posterior less that of the approximation, in nats.
     z : ndarray
         (draws, dim), the draws, each dimension with mean 0 and standard deviation 1.
+
+    Returns
+    -------
+    WeightedChange
+
+    Examples
+    --------
+    >>> z = np.random.default_rng(0).standard_normal((1000, 2))
+    >>> round(weighted_change(np.zeros(1000), z).ess, 6)
+    1.0
     """
-    weights = normalised(log_weights)
-    change = weights - 1 / weights.size
-    (shift, shift_error), (changed, changed_error) = (
-        (np.abs(change @ moments), np.sqrt((change**2) @ moments**2)) for moments in (z, z**2 - 1)
+    weights = normalise(log_weights)
+    surplus = weights - 1 / weights.size
+    (shift, shift_se), (change, change_se) = (
+        (np.abs(surplus @ moments), np.sqrt((surplus**2) @ moments**2)) for moments in (z, z**2 - 1)
     )
     ess = float(1 / (weights**2).sum() / weights.size)
-    # the integral of sqrt(F (1 - F)), F normal, times E|N(0, 1)|
-    noise = 1.29 * math.sqrt(max(1 / ess - 1, 0.0) / weights.size)
-    w1 = transport(z.T, change)
-    return Weighing(ess, shift, shift_error, changed, changed_error, w1, noise)
+    noise = NORMAL_W1 * math.sqrt(max(1 / ess - 1, 0.0) / weights.size)
+    w1 = transport(z.T, surplus)
+    return WeightedChange(ess, shift, shift_se, change, change_se, w1, noise)

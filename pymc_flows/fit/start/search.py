@@ -22,7 +22,8 @@ from pymc_flows.bijections.linear import (
     times_transposed,
     unpacked,
 )
-from pymc_flows.statistics.importance import normalised, weigh
+from pymc_flows.statistics.criteria import THRESHOLDS, gaussian_suffices
+from pymc_flows.statistics.importance import normalise, weighted_change
 
 Density = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -411,13 +412,7 @@ def fits(
     log_p, _ = target(gaussian.draws(noise))
     if not np.isfinite(log_p).all():
         return False
-    found = weigh(log_p - gaussian.log_density(noise), noise)
-    return (
-        found.ess > 0.5
-        and found.same_shape
-        and max(found.clear_shift / 0.05, found.clear_change / 0.1) < 1
-        and max(found.shift.max() / 0.05, found.change.max() / 0.1) < 1.5
-    )
+    return gaussian_suffices(weighted_change(log_p - gaussian.log_density(noise), noise))
 
 
 def fit_together(
@@ -438,7 +433,7 @@ def fit_together(
         return False
     parts = zip(gaussians, log_shares, strict=True)
     log_q = np.logaddexp.reduce([share + g.log_density(g.whiten(x)) for g, share in parts])
-    return 1 / (normalised(log_p - log_q) ** 2).sum() > n_draws / 2
+    return 1 / (normalise(log_p - log_q) ** 2).sum() > THRESHOLDS.mixture_ess * n_draws
 
 
 def _first_points(target, initial, rng):
