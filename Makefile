@@ -1,14 +1,27 @@
-# Set-up is two commands, each enough on a fresh clone: `make demo` and `make test`.
+# Each target makes its own virtual environment, so each works alone on a fresh clone.
+#   make demo       a comparison of ADVI, the flow and NUTS
+#   make test       the tests without the slow ones: at most 10 minutes on 2 cores
+#   make test-fast  the tests that fit no flow: at most 2 minutes
+#   make test-all   every test, and the examples in the docstrings
+#   make lint       style and types
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint
+.PHONY: demo test test-fast test-all lint
 
 demo: .venv/demo.installed
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-fast: .venv/test.installed
+	$(PYTEST) -m "not slow and not fit"
+
+test-all: .venv/test.installed
+	$(PYTEST)
+	$(PYTEST) --doctest-modules pymc_flows
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .
