@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 .PHONY: demo test test-fast test-all lint
 
 demo: .venv/demo.installed
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: .venv/test.installed
 	$(PYTEST) -m "not slow"

@@ -3,7 +3,7 @@
 Posteriors are ten of ``references.py`` that need more than a Gaussian, and two that do not: kilpisjarvi and
 diamonds. ::
 
-    python benchmarks/ablation.py --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/ablation.md
+    python -m benchmarks.ablation --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/ablation.md
 
 ``--keep`` names a file for the rows, which a further run takes from there.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,8 +21,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+from benchmarks.machine import describe
 
 POSTERIORS = (
     "eight_schools-eight_schools_noncentered",
@@ -94,9 +92,10 @@ def without():
 
 def fit(name, part, seed):
     """One row."""
-    import models
     import pymc as pm
-    from references import graded
+
+    from benchmarks.grading import errors, joined
+    from benchmarks.posteriors import models
 
     context, options = without()[part]
     model = models.build(name)
@@ -107,15 +106,14 @@ def fit(name, part, seed):
         cpu = time.process_time() - started
         result = approx.sample(4000, random_seed=seed)
     weights = (result.sample_stats.log_p - result.sample_stats.log_q).values
-    found = graded(name, result.posterior)
-    mean_error, low, high, _ = found["errors"]
+    found = errors(name, joined(result.posterior.to_dataset().data_vars))
     return {
         "without": part,
         "posterior": name,
         "seed": seed,
-        "grade": found["grade"],
-        "mean_error": mean_error,
-        "sd_error": max(np.log(high), -np.log(low)),
+        "grade": found.grade,
+        "mean_error": found.mean,
+        "sd_error": max(np.log(found.sd_high), -np.log(found.sd_low)),
         "elbo": weights.mean(),
         "gradients": approx.fit_stats["gradient_evaluations"],
         "cpu": cpu,
@@ -134,16 +132,14 @@ def tried(name, part, seed):
 
 def report(rows, seeds):
     """Markdown: a line a part, and a line a part and posterior."""
-    import machine
-
     key = ["posterior", "seed"]
     whole = rows[rows["without"] == "nothing"].set_index(key)
     head = "without | accurate | usable | off or failed | nats lost, median (worst) | gradients | CPU s"
     lines = [
         "# What each part of the default fit is worth",
         "",
-        f"Made by `python benchmarks/ablation.py --seeds {' '.join(map(str, seeds))}`.",
-        f"{machine.describe('jax')}.",
+        f"Made by `python -m benchmarks.ablation --seeds {' '.join(map(str, seeds))}`.",
+        f"{describe('jax')}.",
         "",
         '`method="flow"` with one part taken out. Nats lost are of the ELBO, beside the whole fit\'s of the same '
         "posterior and seed; gradients and CPU seconds are the ratio of the sums over all fits to the whole's and, "

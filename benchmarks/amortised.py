@@ -4,7 +4,7 @@ As Rezende & Mohamed 2015 (arXiv:1505.05770, section 6.2 and figure 4): two laye
 variables, a decoder that is trained along, and an approximate posterior of each image's latent variables
 that a network computes from the image; the bound of test images against the number of flow layers. ::
 
-    python benchmarks/amortised.py --output benchmarks/results/amortised.md
+    python -m benchmarks.amortised --output benchmarks/results/amortised.md
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytensor.tensor as pt
 from sklearn.datasets import load_digits
 
 import pymc_flows as pmf
+from benchmarks.machine import describe
 
 TOP, BOTTOM, HIDDEN = 2, 6, 32
 BATCH, N_TEST = 100, 397
@@ -99,8 +100,6 @@ def bound(flow: tuple, seed: int) -> dict[str, float]:
 
 def report(results: pd.DataFrame, seeds: list[int]) -> str:
     """Write the table and what it was made with."""
-    from machine import describe
-
     lines = [
         "| posterior | bound, nats an image | gain on mean field | ms a step |",
         "|---" * 4 + "|",

@@ -4,7 +4,7 @@ The digits and what is judged are those of ``neural_networks.py``; steps and dra
 difference in likelihood is small beside what fits of 8,000 steps still gain and 300 draws leave to chance.
 NUTS, on all images at once, says what the posterior's own predictions are. ::
 
-    python benchmarks/convolutions.py --output benchmarks/results/convolutions.md
+    python -m benchmarks.convolutions --output benchmarks/results/convolutions.md
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pymc as pm
 import pytensor.tensor as pt
-from neural_networks import (
+
+from benchmarks.machine import describe
+from benchmarks.neural_networks import (
     BATCH,
     DIGITS,
     INDEPENDENT,
@@ -146,8 +148,6 @@ def nuts() -> list[dict]:
 
 def report(rows: pd.DataFrame) -> str:
     """Write the table and what it comes to."""
-    import machine
-
     return "\n".join(
         [
             "# Digits by a convolutional network",
@@ -161,7 +161,7 @@ def report(rows: pd.DataFrame) -> str:
             *table(rows),
             "",
             *against_mean_field(rows),
-            f"{machine.describe('jax')}.",
+            f"{describe('jax')}.",
             "",
         ]
     )

@@ -3,13 +3,12 @@
 Of the default fit of four posteriors: as it is, resampled, by independence Metropolis-Hastings and by NUTS
 in the flow's base space; and plain NUTS. All samplers are nutpie's. ::
 
-    python benchmarks/corrections.py --seeds 1 2 3 --output benchmarks/results/corrections.md
+    python -m benchmarks.corrections --seeds 1 2 3 --output benchmarks/results/corrections.md
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+from benchmarks.machine import describe
 
 POSTERIORS = (
     "eight_schools-eight_schools_centered",
@@ -32,8 +30,8 @@ MEASURES = {"sliced_wasserstein": 3, "mmd": 4, "classifier": 3}
 
 def flat(name, posterior, variables):
     """Draws (draws, scalars) as the references compare them, chains end to end."""
-    import models
-    from references import comparable
+    from benchmarks.grading import comparable
+    from benchmarks.posteriors import models
 
     entry = models.REGISTRY[name]
     return np.concatenate(
@@ -67,10 +65,10 @@ def least_ess(posterior, variables):
 
 def rows_of(name, seed):
     """Fit, correct, and compare: a row a way."""
-    import models
     import pymc as pm
 
     import pymc_flows as pmf
+    from benchmarks.posteriors import models
 
     reference = models.load_reference(name)
     variables = [v for v in models.REGISTRY[name].variables if v in reference]
@@ -110,8 +108,8 @@ def rows_of(name, seed):
 
 
 def _comparable(name, variable, values):
-    import models
-    from references import comparable
+    from benchmarks.grading import comparable
+    from benchmarks.posteriors import models
 
     return comparable(models.REGISTRY[name], variable, values)
 
@@ -156,8 +154,6 @@ def passed(frame):
 
 
 def main() -> None:
-    import machine
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS))
@@ -175,8 +171,8 @@ def main() -> None:
         [
             "# Corrections beside reference draws",
             "",
-            f"Made by `python benchmarks/corrections.py --seeds {' '.join(map(str, options.seeds))}`.",
-            f"{machine.describe('jax', 'nutpie')}.",
+            f"Made by `python -m benchmarks.corrections --seeds {' '.join(map(str, options.seeds))}`.",
+            f"{describe('jax', 'nutpie')}.",
             "",
             "Each statistic beside the level that it stays below in 95 of 100 cases if the draws are "
             "independent and of the reference's distribution; above it, bold. Chains are thinned to half their "

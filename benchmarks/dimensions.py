@@ -3,7 +3,7 @@
 Expected: covariances are worth most where many dimensions share one that data leave open, and all of them are worth
 their gradients up to a thousand dimensions or so. ::
 
-    python benchmarks/dimensions.py --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/dimensions.md
+    python -m benchmarks.dimensions --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/dimensions.md
 
 ``--keep`` names a file for the rows, which a further run takes from there.
 """
@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 import pymc as pm
 import pytensor.tensor as pt
-from machine import describe
+
+from benchmarks.machine import describe
 
 
 def item_response() -> pm.Model:
@@ -119,7 +120,7 @@ def report(rows: pd.DataFrame) -> str:
     table = "\n".join(lines)
     return f"""# Starts in hundreds of dimensions
 
-Made by `python benchmarks/dimensions.py --seeds {" ".join(map(str, seeds))}`: the Gaussian that a fit starts from, before
+Made by `python -m benchmarks.dimensions --seeds {" ".join(map(str, seeds))}`: the Gaussian that a fit starts from, before
 any flow, mean (least to most) over seeds. What is known of it differs; by default it is all covariances up to 1000
 dimensions, a low rank beyond. Variances are those from which the low rank is sought. Gradients and CPU seconds, compilation included, are medians. The ELBO's Monte
 Carlo error is at most {rows["error"].max():.2f}.

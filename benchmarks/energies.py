@@ -2,10 +2,10 @@
 
 The log evidence is known by quadrature, so KL(q||p) = log Z - ELBO is absolute, in nats. ::
 
-    python benchmarks/energies.py --output benchmarks/results/energies.md
-    python benchmarks/energies.py --flows catalogue --processes 2 --keep fits --output benchmarks/results/catalogue.md
-    python benchmarks/energies.py --flows splines --processes 2 --keep fits --output benchmarks/results/splines.md
-    python benchmarks/energies.py --flows all --seeds 1 --processes 2 --keep fits --picture benchmarks/results/catalogue.png
+    python -m benchmarks.energies --output benchmarks/results/energies.md
+    python -m benchmarks.energies --flows catalogue --processes 2 --keep fits --output benchmarks/results/catalogue.md
+    python -m benchmarks.energies --flows splines --processes 2 --keep fits --output benchmarks/results/splines.md
+    python -m benchmarks.energies --flows all --seeds 1 --processes 2 --keep fits --picture benchmarks/results/catalogue.png
 
 ``--flows`` takes a table's name, or those of its lines, such as ``glow naf``. ``--keep`` names a folder
 for what was fitted, which a further run takes from there.
@@ -28,6 +28,7 @@ import pandas as pd
 import pymc as pm
 import pytensor.tensor as pt
 
+from benchmarks.machine import describe
 from pymc_flows import FlowApproximation
 
 LOG_EVIDENCE = {"U1": 1.8775, "U2": 2.0821, "U3": 2.6417, "U4": 2.7107}
@@ -159,8 +160,6 @@ def arguments(options: dict) -> str:
 
 def report(results: pd.DataFrame, seeds: list[int], flows: dict, processes: int) -> str:
     """Write the table, what it means and what it was made with."""
-    from machine import describe
-
     settings = "\n".join(
         f"- {flow}: `pm.fit({arguments({'method': method, 'inf_kwargs': options, **fit})})`"
         for flow, (method, options, fit) in flows.items()

@@ -2,7 +2,7 @@
 
 A correlated Gaussian, 128 draws a step, each family at its default size, in a process of its own. ::
 
-    python benchmarks/families.py --output benchmarks/results/families.md
+    python -m benchmarks.families --output benchmarks/results/families.md
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.machine import describe
 
 DIMS, DRAWS, STEPS = (10, 100), 128, 50
 
@@ -60,8 +62,6 @@ def measure(family, dim):
 
 
 def main() -> None:
-    import machine
-
     from pymc_flows.families.recipes import FAMILIES
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,9 +76,9 @@ def main() -> None:
     lines = [
         "# What families cost",
         "",
-        "Made by `python benchmarks/families.py`: JAX, imports excluded, "
+        "Made by `python -m benchmarks.families`: JAX, imports excluded, "
         f"{DRAWS} draws a step, default sizes; the median of {options.repeats} process(es) each.",
-        f"{machine.describe('jax')}.",
+        f"{describe('jax')}.",
         "",
         "| family | " + " | ".join(f"{d} dims: first step, s | a step, ms" for d in DIMS) + " |",
         "|---" * (1 + 2 * len(DIMS)) + "|",
@@ -88,7 +88,7 @@ def main() -> None:
         for dim in DIMS:
             found = [
                 list(map(float, subprocess.run(
-                    [sys.executable, __file__, "--measure", family, str(dim)],
+                    [sys.executable, "-m", "benchmarks.families", "--measure", family, str(dim)],
                     capture_output=True, text=True, check=True,
                 ).stdout.split()[-2:]))
                 for _ in range(options.repeats)

@@ -4,7 +4,7 @@ Toy regression: 20 points, y = x³ + noise of sd 3, a network of one hidden laye
 deviations over x in [-6, 6] against long NUTS. Digits of scikit-learn: a classifier of eight classes,
 with the other two held out as unknown. ::
 
-    python benchmarks/neural_networks.py --output benchmarks/results/neural_networks.md
+    python -m benchmarks.neural_networks --output benchmarks/results/neural_networks.md
 
 ``--seeds 1`` is a first look; ``--draws 500`` shortens NUTS.
 """
@@ -28,6 +28,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPClassifier
 
 import pymc_flows as pmf
+from benchmarks.machine import describe
 
 # hidden units of the toy's networks: one that is small enough to fit whole, and one as wide as the paper's
 NOISE, UNITS, WIDE = 3.0, 20, 100
@@ -359,8 +360,6 @@ def report(
     regression: pd.DataFrame, wide: pd.DataFrame, classification: pd.DataFrame, peak: float
 ) -> str:
     """Write the tables and what they come to; peak memory in GiB."""
-    import machine
-
     step = classification.groupby("method")["ms a step"].mean()
     cost = {method: f"{step[method] / step['mean field']:.1f}" for method in ("mnf", INDEPENDENT)}
     return "\n".join(
@@ -395,7 +394,7 @@ def report(
             f"A step of {DIGITS['obj_n_mc']} draws takes mnf {cost['mnf']} times as long as mean field, mnf of "
             f"independent weights {cost[INDEPENDENT]} times. Peak memory of all fits to digits: {peak:.1f} GiB.",
             "",
-            f"{machine.describe('jax', 'scikit-learn')}.",
+            f"{describe('jax', 'scikit-learn')}.",
             "",
         ]
     )

@@ -7,7 +7,7 @@ two in blocks, so that the ratio holds on a noisy machine. Cold starts run in fr
 the finished model to the end of the first step, imports excluded; numba's with an empty cache
 first and then with the cache that this left. ::
 
-    python benchmarks/speed.py --output benchmarks/results/speed.md
+    python -m benchmarks.speed --output benchmarks/results/speed.md
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
+from benchmarks.machine import describe
+
 EFFECTS = np.array([28.0, 8, -3, 7, -1, 1, 18, 12])
 ERRORS = np.array([15.0, 10, 16, 11, 9, 11, 10, 18])
 DRAWS, LAYERS, HIDDEN = 128, 8, (32, 32)
@@ -162,7 +163,7 @@ def cold_table(repeats: int) -> list[str]:
             for label, backend in [("JAX", "jax"), ("numba, empty cache", "numba"),
                                    ("numba, from its cache", "numba")]:  # fmt: skip
                 output = subprocess.run(
-                    [sys.executable, __file__, "--first-step", backend],
+                    [sys.executable, "-m", "benchmarks.speed", "--first-step", backend],
                     env=environment, capture_output=True, text=True, check=True,
                 ).stdout  # fmt: skip
                 wall, cpu = map(float, output.split()[-2:])
@@ -187,13 +188,11 @@ def main() -> None:
     if options.first_step:
         first_step(options.first_step)
         return
-    import machine
-
     report = [
         "# Speed",
         "",
-        "Made by `python benchmarks/speed.py --output benchmarks/results/speed.md`.",
-        f"{machine.describe('jax', 'numba', 'flowjax')}.",
+        "Made by `python -m benchmarks.speed --output benchmarks/results/speed.md`.",
+        f"{describe('jax', 'numba', 'flowjax')}.",
         "",
         "## One training step",
         *step_table(options.blocks, options.steps),

@@ -1,74 +1,78 @@
-"""Whether the verdicts of ``pmf.diagnose`` hold: fits graded against references, by what was said of them.
+"""Whether the verdicts of ``pmf.diagnose`` hold: graded fits, counted by grade and verdict.
 
-Reads the draws that ``references.py --keep FOLDER`` kept, for as many methods as there are. ::
+The draws are those that ``benchmarks.references --keep FOLDER`` kept, of any number of methods. ::
 
-    python benchmarks/references.py --method flow --keep fits
-    python benchmarks/verdicts.py fits --output benchmarks/results/verdicts.md
+    python -m benchmarks.references --method flow --keep fits
+    python -m benchmarks.verdicts fits --output benchmarks/results/verdicts.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "posteriors")]
+from benchmarks.grading import Errors, errors, joined
+from benchmarks.machine import describe
+from pymc_flows.assess.diagnostics import diagnose_draws
+from pymc_flows.posterior.correction import resampled
+from pymc_flows.statistics.criteria import GRADES, WORST_GRADE
 
 VERDICTS = ("reliable", "reliable after correction", "unreliable")
-GRADES = ("accurate", "usable", "off")
+# Draws of a corrected fit, and the seed of their resampling.
+CORRECTED_DRAWS = 4000
+CORRECTION_SEED = 1
 
 
 def judged(path: Path) -> dict:
     """Grade, verdict and numbers of one kept fit."""
-    from references import errors
-
-    from pymc_flows.assess.diagnostics import diagnose_draws
-    from pymc_flows.posterior.correction import resampled
-
     method, name, seed = path.name.removesuffix(".nc").rsplit(".", 2)
     with xr.open_dataset(path) as dataset:
         kept = dataset.load()
     record = json.loads(kept.attrs["fit"])
-    stats = ["log_p", "log_q"]
-    tree = xr.DataTree.from_dict({"posterior": kept.drop_vars(stats), "sample_stats": kept[stats]})
+    densities = ["log_p", "log_q"]
+    tree = xr.DataTree.from_dict(
+        {"posterior": kept.drop_vars(densities), "sample_stats": kept[densities]}
+    )
     found = diagnose_draws(tree, record["fit_stats"])
-    mean_error, low, high, _ = record["row"]["errors"]
+    true = Errors(**record["row"]["errors"])
     row = {
-        "method": method, "posterior": name, "seed": int(seed), "grade": record["row"]["grade"],
-        "verdict": found.verdict, "khat": found.khat, "ess": found.ess_fraction,
-        "mean_error": found.mean_error, "sd_error": found.sd_error,
-        "true_mean_error": mean_error, "true_sd_error": max(high - 1, 1 - low),
+        "method": method,
+        "posterior": name,
+        "seed": int(seed),
+        "grade": true.grade,
+        "verdict": found.verdict,
+        "khat": found.khat,
+        "ess": found.ess_fraction,
+        "mean_error": found.mean_error,
+        "sd_error": found.sd_error,
+        "true_mean_error": true.mean,
+        "true_sd_error": true.sd,
         "reason": found.reasons[0],
-    }  # fmt: skip
+    }
     if found.verdict == "reliable after correction":
-        better = resampled(tree, 4000, np.random.SeedSequence(1))
-        draws = {v: better.posterior[v].values[0] for v in better.posterior.data_vars}
-        *worst, _ = errors(name, draws)
-        from references import grade
-
-        row["corrected"] = grade(*worst)
+        seed_sequence = np.random.SeedSequence(CORRECTION_SEED)
+        better = resampled(tree, CORRECTED_DRAWS, seed_sequence)["posterior"].to_dataset()
+        row["corrected"] = errors(name, joined(better.data_vars)).grade
     return row
 
 
 def confusion(rows: pd.DataFrame) -> list[str]:
     """Count fits by grade and verdict."""
+    grades = [*GRADES, WORST_GRADE]
     counts = pd.crosstab(rows["grade"], rows["verdict"]).reindex(
-        index=GRADES, columns=VERDICTS, fill_value=0
+        index=grades, columns=VERDICTS, fill_value=0
     )
     lines = [f"| grade | {' | '.join(VERDICTS)} |", "|---|---|---|---|"]
-    return lines + [f"| {g} | {' | '.join(map(str, counts.loc[g]))} |" for g in GRADES]
+    return lines + [f"| {g} | {' | '.join(map(str, counts.loc[g]))} |" for g in grades]
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Write the tables and what they come to."""
-    import machine
-
+    """Write the tables and a summary."""
     reliable = rows[rows["verdict"] == "reliable"]
     within = (reliable["true_mean_error"] <= reliable["mean_error"]) & (
         reliable["true_sd_error"] <= reliable["sd_error"]
@@ -80,38 +84,47 @@ def report(rows: pd.DataFrame) -> str:
     lines = [
         "# Verdicts against grades",
         "",
-        f"Fits of the 26 posteriors, seeds {seeds}, graded against published reference draws, by what "
-        "`pmf.diagnose` said of 4000 draws of each; a fit that failed is not counted.",
+        f"Fits of {rows['posterior'].nunique()} posteriors with seeds {seeds}. Each was graded "
+        "against published reference draws, and judged by `pmf.diagnose` from 4000 of its draws. "
+        "Fits that failed are not counted.",
         "",
-        f"- {len(rows)} fits. {len(reliable)} called reliable, of which {fine.mean():.1%} are accurate or "
-        f"within their stated error; {(reliable['grade'] == 'off').sum()} are off.",
+        f"- {len(rows)} fits. {len(reliable)} called reliable, of which {fine.mean():.1%} are "
+        f"accurate or within their stated error; {(reliable['grade'] == WORST_GRADE).sum()} are "
+        f"{WORST_GRADE}.",
         f"- {len(accurate)} accurate, of which {recalled:.0%} are called reliable.",
     ]
     if "corrected" in rows:
         corrected = rows["corrected"].dropna()
         words = ", ".join(f"{n} {word}" for word, n in corrected.value_counts().items())
-        lines.append(f"- Of {len(corrected)} called reliable after correction, resampled: {words}.")
+        lines.append(
+            f"- {len(corrected)} called reliable after correction; grades after resampling: "
+            f"{words}."
+        )
     lines += ["", *confusion(rows)]
     for method, group in rows.groupby("method", sort=False):
         lines += ["", f"## {method}", "", *confusion(group)]
     wrong = reliable[~fine]
     if len(wrong):
-        lines += ["", "Called reliable and beyond their stated error:", ""]
+        lines += ["", "Called reliable, with an error larger than stated:", ""]
         lines += [
-            f"- {r.method}, {r.posterior}, seed {r.seed}: {r.grade}; mean error {r.true_mean_error:.3f} "
-            f"(said {r.mean_error:.3f}), sd error {r.true_sd_error:.2f} (said {r.sd_error:.2f})"
+            f"- {r.method}, {r.posterior}, seed {r.seed}: {r.grade}; mean error "
+            f"{r.true_mean_error:.3f} (stated {r.mean_error:.3f}), sd error {r.true_sd_error:.2f} "
+            f"(stated {r.sd_error:.2f})"
             for r in wrong.itertuples()
         ]
-    return "\n".join([*lines, "", f"{machine.describe('jax')}.", ""])
+    return "\n".join([*lines, "", f"{describe('jax')}.", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--rows", type=Path, help="where to write one line a fit, as CSV")
+    parser.add_argument("folder", type=Path, help="what references.py --keep was given")
+    parser.add_argument("--output", type=Path, help="file for the tables")
+    parser.add_argument("--rows", type=Path, help="file for one line per fit, as CSV")
     options = parser.parse_args()
-    rows = pd.DataFrame([judged(path) for path in sorted(options.folder.glob("*.nc"))])
+    paths = sorted(options.folder.glob("*.nc"))
+    if not paths:
+        parser.error(f"folder must hold kept fits (*.nc), got none in {options.folder}")
+    rows = pd.DataFrame([judged(path) for path in paths])
     if options.rows:
         rows.to_csv(options.rows, index=False)
     text = report(rows)

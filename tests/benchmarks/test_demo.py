@@ -1,19 +1,13 @@
-"""What the demo prints, from fits made up here: the real ones take minutes."""
-
-import sys
-from pathlib import Path
+"""The demo's tables, made from invented fits, because the real ones take minutes."""
 
 import numpy as np
 from rich.console import Console
 
+from benchmarks import demo
 from pymc_flows import compare
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_the_demo_shows_every_method_it_fits(capsys, monkeypatch):
-    import demo
-
     class Fit:
         def sample(self, draws, random_seed):
             return {"county_effect": rng.normal(size=(50, 2)), "weight": rng.normal(size=50)}

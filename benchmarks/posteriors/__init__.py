@@ -1,0 +1,1 @@
+"""Posteriors with published references: models, data, reference draws, and NUTS's cost."""
