@@ -42,6 +42,7 @@ POSTERIORS = (
 def trained_affine():
     """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
     from pymc_flows.bijections import LowerTriangular
+    from pymc_flows.bijections.factors import as_factor
     from pymc_flows.posterior.approximation import FlowGroup
 
     restart = FlowGroup.restart
@@ -49,7 +50,7 @@ def trained_affine():
     def raw(group, loc, factor, layers=None):
         restart(group, 0 * loc, np.ones_like(loc), layers)
         assert sum(type(one) is LowerTriangular for one in group.layers.layers) == 1
-        whole = factor if factor.ndim == 2 else np.diag(factor)
+        whole = as_factor(factor).dense()
         diagonal = np.diagonal(whole)
         known = {"loc": loc, "log_diagonal": np.log(diagonal), "lower": whole}
         weights, first = group.shared_params["weights"].get_value(), 0

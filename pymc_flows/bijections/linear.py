@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytensor.tensor as pt
 
 from pymc_flows.bijections.base import Bijection
+from pymc_flows.bijections.factors import as_factor
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class LowerTriangular(Bijection):
 
 @dataclass(frozen=True, eq=False)
 class Whitening(Bijection):
-    """Fixed affine map, not trained: ``x = loc + F z``; puts a flow where its fit starts.
+    """Fixed affine map, not trained: ``x = loc + F z``; it places a flow where its fit starts.
 
-    Inside it a flow trains in units of the posterior's own spread.
+    A flow inside it trains in units of the posterior's own spread.
 
     Parameters
     ----------
@@ -63,171 +65,60 @@ class Whitening(Bijection):
         Number of dimensions.
     loc : ndarray
         (dim,), in the model's unconstrained space.
-    factor : ndarray
-        F: its diagonal (dim,); (dim, dim), lower triangular with a positive diagonal; or a low rank beside
-        a diagonal, as :func:`low_rank_factor` packs it.
+    factor : Factor or ndarray
+        F, or an array from which :func:`pymc_flows.bijections.factors.as_factor` makes it: its diagonal
+        (dim,); (dim, dim), lower triangular; or a diagonal and a low rank (dim, 1 + 2 rank).
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, or F's diagonal or determinant is not positive and finite.
+
+    Examples
+    --------
+    >>> Whitening(2, np.zeros(2), np.ones(2)).factor
+    DiagonalFactor(scales=array([1., 1.]))
     """
 
     loc: np.ndarray
-    factor: np.ndarray
+    factor: Any  # a Factor, once __post_init__ has run
 
     # by identity: arrays neither hash nor compare to one truth
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if np.shape(self.loc) != (self.dim,):
             raise ValueError(f"loc must have shape {(self.dim,)}, got {np.shape(self.loc)}")
-        shape = np.shape(self.factor)
-        packed = len(shape) == 2 and shape[0] == self.dim > shape[1] and shape[1] % 2
-        if shape not in ((self.dim,), (self.dim, self.dim)) and not packed:
+        factor = as_factor(self.factor)
+        if factor.dim != self.dim:
             raise ValueError(
                 f"factor must have shape {(self.dim,)}, {(self.dim, self.dim)} or ({self.dim}, "
-                f"1 + 2 rank), got {shape}"
+                f"1 + 2 rank), got {factor.to_array().shape}"
             )
-        diagonal = self.factor[:, 0] if packed else _diagonal(self.factor)
-        if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
-            raise ValueError(f"factor's diagonal must be positive and finite, got {diagonal}")
-        if packed:
-            _, left, right = unpacked(self.factor)
-            determinant = np.linalg.det(np.eye(left.shape[1]) + right.T @ left)
-            if not (np.isfinite(determinant) and determinant > 0):
-                raise ValueError(
-                    f"factor's determinant must be positive and finite, got {determinant} of its low rank"
-                )
+        factor.check_invertible()
+        object.__setattr__(self, "factor", factor)
 
     def _log_det(self, like):
-        return pt.zeros_like(like[:, 0]) + np.asarray(log_det_of(self.factor), dtype=like.dtype)
+        return pt.zeros_like(like[:, 0]) + np.asarray(self.factor.log_det(), dtype=like.dtype)
 
     def init(self, rng):
-        """Nothing to train."""
+        """Return no weights: nothing is trained."""
         return {}
 
     def forward(self, z, params):
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
-        x = times(self.factor.astype(z.dtype), z) + self.loc.astype(z.dtype)
+        x = self.factor.astype(z.dtype).times(z) + self.loc.astype(z.dtype)
         return x, self._log_det(z)
 
     def carry_score(self, z, score, params):
         """Map z to x; the score is multiplied with the inverse of F's transpose."""
-        if self.factor.ndim == 1:
-            return *self.forward(z, params), score / self.factor.astype(z.dtype)
-        # inverted here, once: to be followed by a product at every step
-        inverse = inverse_factor(self.factor).astype(z.dtype)
-        return *self.forward(z, params), times_transposed(inverse, score)
+        return *self.forward(z, params), self.factor.solve_transposed(score)
 
     def inverse(self, x, params):
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
-        factor, away = self.factor.astype(x.dtype), x - self.loc.astype(x.dtype)
-        if factor.ndim == 1:
-            return away / factor, -self._log_det(x)
-        if is_low_rank(factor):
-            return times(inverse_factor(self.factor).astype(x.dtype), away), -self._log_det(x)
-        z = pt.linalg.solve_triangular(pt.constant(factor), away.T, lower=True, b_ndim=2).T
-        return z, -self._log_det(x)
-
-
-def low_rank_factor(scales: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Pack ``diag(scales) (I + left rightᵀ)`` into one array.
-
-    Parameters
-    ----------
-    scales : ndarray
-        (dim,), positive.
-    left, right : ndarray
-        (dim, rank), with ``1 + 2 rank`` less than dim and ``det(I + rightᵀ left)`` positive.
-
-    Returns
-    -------
-    ndarray
-        (dim, 1 + 2 rank), the three side by side.
-    """
-    return np.column_stack([scales, left, right])
-
-
-def is_low_rank(factor: np.ndarray) -> bool:
-    """Whether a factor is one that :func:`low_rank_factor` packed."""
-    return factor.ndim == 2 and factor.shape[1] < factor.shape[0]
-
-
-def unpacked(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take scales (dim,), left and right (dim, rank) out of what :func:`low_rank_factor` packed."""
-    rank = factor.shape[1] // 2
-    return factor[:, 0], factor[:, 1 : 1 + rank], factor[:, 1 + rank :]
-
-
-def times(factor: np.ndarray, z):
-    """``F z`` of every row z (rows, dim), of any kind of factor."""
-    if factor.ndim == 1:
-        return z * factor
-    if is_low_rank(factor):
-        scales, left, right = unpacked(factor)
-        return (z + (z @ right) @ left.T) * scales
-    return z @ factor.T
-
-
-def times_transposed(factor: np.ndarray, score):
-    """``Fᵀ s`` of every row s (rows, dim), of any kind of factor."""
-    if factor.ndim == 1:
-        return score * factor
-    if is_low_rank(factor):
-        scales, left, right = unpacked(factor)
-        scaled = score * scales
-        return scaled + (scaled @ left) @ right.T
-    return score @ factor
-
-
-def inverse_factor(factor: np.ndarray) -> np.ndarray:
-    """Inverse of a factor, of the same kind; of a low rank by Woodbury's identity."""
-    if factor.ndim == 1:
-        return 1 / factor
-    if is_low_rank(factor):
-        scales, left, right = unpacked(factor)
-        inner = np.eye(left.shape[1]) + right.T @ left
-        undone = np.linalg.solve(inner.T, left.T).T
-        return low_rank_factor(1 / scales, -scales[:, None] * undone, right / scales[:, None])
-    from scipy.linalg import solve_triangular  # slow to import
-
-    return solve_triangular(factor, np.eye(len(factor)), lower=True)
-
-
-def log_det_of(factor: np.ndarray) -> float:
-    """Log determinant of a factor."""
-    if not is_low_rank(factor):
-        return float(np.log(_diagonal(factor)).sum())
-    scales, left, right = unpacked(factor)
-    _, inner = np.linalg.slogdet(np.eye(left.shape[1]) + right.T @ left)
-    return float(np.log(scales).sum() + inner)
-
-
-def norms_of_rows(factor: np.ndarray) -> np.ndarray:
-    """Standard deviations (dim,) of ``F z`` for standard normal z."""
-    if factor.ndim == 1:
-        return factor
-    if is_low_rank(factor):
-        scales, left, right = unpacked(factor)
-        gram = right.T @ right
-        more = 2 * (left * right).sum(axis=1) + ((left @ gram) * left).sum(axis=1)
-        return scales * np.sqrt(np.maximum(1 + more, 0))  # by rounding it may be below
-    return np.sqrt((factor**2).sum(axis=1))
-
-
-def divided(factor: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """``diag(scales)⁻¹ F``."""
-    if is_low_rank(factor):
-        own, left, right = unpacked(factor)
-        return low_rank_factor(own / scales, left, right)
-    return factor / (scales if factor.ndim == 1 else scales[:, None])
-
-
-def dense(factor: np.ndarray) -> np.ndarray:
-    """Write out a factor as a matrix (dim, dim)."""
-    return times(factor, np.eye(len(factor))).T
-
-
-def _diagonal(factor):
-    return factor if factor.ndim == 1 else np.diagonal(factor)
+        return self.factor.solve(x - self.loc.astype(x.dtype)), -self._log_det(x)
 
 
 @dataclass(frozen=True)

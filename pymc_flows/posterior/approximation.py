@@ -50,7 +50,7 @@ from pymc_flows.bijections import (
     flatten,
     normal_log_density,
 )
-from pymc_flows.bijections.linear import dense, divided, norms_of_rows
+from pymc_flows.bijections.factors import DiagonalFactor, Factor, as_factor
 from pymc_flows.families.recipes import (
     DEFAULT_FAMILY,
     FAMILIES,
@@ -215,7 +215,7 @@ class FlowGroup(Group):
     def place(
         self,
         loc: np.ndarray,
-        factor: np.ndarray,
+        factor: Factor | np.ndarray,
         layers: Bijection | None = None,
         base: Base | None = None,
     ) -> None:
@@ -242,16 +242,16 @@ class FlowGroup(Group):
             # what one fit's rows are like is no place for another's
             loc, factor = np.zeros(self.ddim), np.ones(self.ddim)
         # in C's order, as a file gives them back: sums over rows are rounded by their order
-        loc, factor = np.ascontiguousarray(loc), np.ascontiguousarray(factor)
+        loc, factor = np.ascontiguousarray(loc), as_factor(factor).contiguous()
         self.loc, self.factor = loc, factor
         last: list[Bijection] = [Whitening(self.ddim, loc, factor)]
         if isinstance(self.layers, Chain) and isinstance(self.layers.layers[-1], Tails):
             # tails belong to the variables, so what correlates them stands before
             *first, tails = self.layers.layers
-            scales = norms_of_rows(factor)
+            scales = factor.row_norms()
             last = [tails, Whitening(self.ddim, loc, scales)]
-            if factor.ndim == 2:
-                last = [Whitening(self.ddim, 0 * loc, divided(factor, scales)), *last]
+            if not isinstance(factor, DiagonalFactor):
+                last = [Whitening(self.ddim, 0 * loc, factor.divided_rows(scales)), *last]
         else:
             first = [self.layers]
         if self.noncentering is not None:
@@ -268,7 +268,7 @@ class FlowGroup(Group):
     def restart(
         self,
         loc: np.ndarray,
-        factor: np.ndarray,
+        factor: Factor | np.ndarray,
         layers: Bijection | None = None,
         base: Base | None = None,
     ) -> None:
@@ -319,7 +319,7 @@ class FlowGroup(Group):
         grown[grown.size - weights.size + n_base :] = weights[n_base:]
         self.shared_params["weights"].set_value(grown)
 
-    def put_components(self, gaussians: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    def put_components(self, gaussians: Sequence[tuple[np.ndarray, Factor | np.ndarray]]) -> None:
         """Put the components of a mixture base where the flow makes given Gaussians of them.
 
         The flow is taken as linear, which it is, or nearly, before it is trained; the layer that
@@ -337,8 +337,8 @@ class FlowGroup(Group):
         rng = np.random.default_rng(0)
         locs, factors = [], []
         for k in range(base.n_components):
-            loc, factor = gaussians[k % len(gaussians)]
-            factor = dense(factor)
+            loc, root = gaussians[k % len(gaussians)]
+            factor = as_factor(root).dense()
             if k >= len(gaussians):
                 loc = loc + 0.3 * factor @ rng.normal(size=loc.size)
             locs.append(np.linalg.solve(slopes, loc - middle))

@@ -24,6 +24,7 @@ from pytensor.graph.traversal import ancestors
 from pytensor.tensor.shape import SpecifyShape
 
 from pymc_flows import bijections
+from pymc_flows.bijections.factors import Factor
 from pymc_flows.families.recipes import did_you_mean
 from pymc_flows.groups.mnf import MNF, MNFGroup
 from pymc_flows.messages import warn_user
@@ -176,6 +177,7 @@ def _of_group(group, label, arrays) -> dict[str, Any]:
         return saved | {"kind": kinds[0]}
     for name in ("loc", "factor", "first_loc", "start_draws"):
         if (array := getattr(group, name)) is not None:
+            array = array.to_array() if isinstance(array, Factor) else array
             arrays[f"{label}_{name}"] = np.asarray(array)
     flow = group.flow if isinstance(group.flow, str) else _of_layer(group.flow, label, arrays)
     centring = group.noncentering
@@ -243,6 +245,8 @@ def _checked(options):
 
 def _of_layer(layer, label, arrays) -> Any:
     """A layer or a transformer, with its settings, as plain data."""
+    if isinstance(layer, Factor):
+        layer = layer.to_array()
     if dataclasses.is_dataclass(layer) and not isinstance(layer, type):
         name = type(layer).__name__
         if getattr(bijections, name, None) is not type(layer):

@@ -48,16 +48,7 @@ from pymc_flows.bijections import (
     Whitening,
     flatten,
 )
-from pymc_flows.bijections.linear import (
-    dense,
-    divided,
-    inverse_factor,
-    log_det_of,
-    low_rank_factor,
-    norms_of_rows,
-    times,
-    times_transposed,
-)
+from pymc_flows.bijections.factors import LowRankFactor
 from pymc_flows.bijections.residual import spectral_bound
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")  # with cxx="", compiles in half a second
@@ -109,16 +100,16 @@ def slow_layers(dim):
     ]
 
 
-def packed(dim, rank):
-    """Factor of a low rank beside a diagonal, and what it is as a matrix."""
+def low_rank_factor(dim, rank):
+    """A diagonal and a low rank, with a positive determinant."""
     rng = np.random.default_rng(dim)
     scales, (left, right) = np.linspace(0.5, 2.0, dim), rng.normal(size=(2, dim, rank))
     right = left @ np.diag(np.linspace(-0.5, 2.0, rank) / (left**2).sum(axis=0)) + 0.1 * right
-    return low_rank_factor(scales, left, right), scales[:, None] * (np.eye(dim) + left @ right.T)
+    return LowRankFactor(scales, left, right)
 
 
 CASES = [layer for dim in (1, 2, 3, 7) for layer in layers(dim)]
-CASES.append(Whitening(7, np.linspace(-2.0, 3.0, 7), packed(7, 2)[0]))
+CASES.append(Whitening(7, np.linspace(-2.0, 3.0, 7), low_rank_factor(7, 2)))
 CASES += [layer for dim in (1, 3) for layer in slow_layers(dim)]
 CASES.append(Continuous(3, hidden=4, n_steps=40, tolerance=1e-8))
 INVERTIBLE = [case for case in CASES if case.invertible]
@@ -897,26 +888,6 @@ def test_the_plain_maps_do_what_they_say(scale):
     assert_allclose(forward(Permutation(3, (2, 0, 1)), z, nothing).value, z[:, [2, 0, 1]])
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "low rank"])
-def test_every_kind_of_factor_is_a_matrix(kind):
-    rng, scales = np.random.default_rng(0), np.linspace(1.0, 3.0, 9)
-    factor, matrix = packed(9, 3)
-    if kind == "diagonal":
-        factor, matrix = scales**2, np.diag(scales**2)
-    elif kind == "full":
-        factor = matrix = np.tri(9) + np.eye(9)
-    rows = rng.normal(size=(5, 9))
-    assert_allclose(dense(factor), matrix, rtol=0, atol=1e-12)
-    assert_allclose(times(factor, rows), rows @ matrix.T, rtol=0, atol=1e-12)
-    assert_allclose(times_transposed(factor, rows), rows @ matrix, rtol=0, atol=1e-12)
-    inverse = inverse_factor(factor)
-    assert inverse.shape == factor.shape
-    assert_allclose(dense(inverse) @ matrix, np.eye(9), rtol=0, atol=1e-10)
-    assert_allclose(log_det_of(factor), np.linalg.slogdet(matrix)[1])
-    assert_allclose(norms_of_rows(factor), np.linalg.norm(matrix, axis=1))
-    assert_allclose(dense(divided(factor, scales)), matrix / scales[:, None], atol=1e-12)
-
-
 @over_scales
 def test_deep_sigmoidal_is_huangs_mixture(scale):
     """Huang et al. 2018, eq. 8: the logit of Σ w σ(a z + b), where nothing saturates."""
@@ -1077,7 +1048,7 @@ def test_chain_has_an_inverse_only_if_every_layer_has():
         (lambda: Whitening(2, np.zeros(2), -np.ones(2)), "diagonal must be positive and finite"),
         (
             lambda: Whitening(
-                5, np.zeros(5), low_rank_factor(np.ones(5), np.eye(5, 1), -2 * np.eye(5, 1))
+                5, np.zeros(5), LowRankFactor(np.ones(5), np.eye(5, 1), -2 * np.eye(5, 1))
             ),
             "factor's determinant must be positive and finite, got -1",
         ),

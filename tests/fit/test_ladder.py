@@ -19,7 +19,7 @@ from scipy import stats
 
 from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.bijections import Mixture
-from pymc_flows.bijections.linear import is_low_rank, low_rank_factor
+from pymc_flows.bijections.factors import LowRankFactor
 from pymc_flows.families.recipes import affine_map
 from pymc_flows.fit import ladder
 from pymc_flows.fit.ladder import MORE_LAYERS
@@ -603,7 +603,7 @@ def test_draws_place_the_flows_of_several_groups_and_of_minibatches(python):
         start = az.from_dict({"posterior": {**draws, "z": np.zeros((1, 400))}})
         group = pm.Group([model["x"]], vfam="scale-loc", start=start)
         NFVI([group, pm.Group(None, vfam="mean_field")]).fit(0, progressbar=False)
-    scales = np.linalg.norm(np.atleast_2d(group.factor), axis=-1)
+    scales = group.factor.row_norms()
     assert_allclose(group.loc, [3, -2], atol=0.1)
     assert_allclose(scales, [0.5, 0.1], rtol=0.2)
     with independent(2) as model:
@@ -630,7 +630,7 @@ def test_beyond_a_thousand_dimensions_what_all_share_is_seen():
         pm.Normal("y", effect, 2, observed=y)
         approx = pm.fit(method="flow", random_seed=1, progressbar=False)
         drawn = approx.sample(4000, random_seed=1)
-    assert is_low_rank(approx.groups[0].factor)
+    assert isinstance(approx.groups[0].factor, LowRankFactor)
     assert "affine" in approx.fit_stats["stopped"]
     precision = 1100 / 5 + 1 / 100
     mean, sd = y.sum() / 5 / precision, precision**-0.5
@@ -644,7 +644,7 @@ def test_beyond_a_thousand_dimensions_what_all_share_is_seen():
 
 def test_a_snapshot_brings_back_a_low_rank_too(python):
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
-    factor = low_rank_factor(np.arange(1.0, 9.0), vectors, 3 * vectors)
+    factor = LowRankFactor(np.arange(1.0, 9.0), vectors, 3 * vectors)
     approx = perturbed(independent(8))
     (group,) = approx.groups
     group.place(np.arange(8.0), factor)

@@ -118,7 +118,8 @@ def gates(layers, z, flat):
             case "Loc":
                 z = z + w["loc"]
             case "Whitening":
-                z, log_det = layer.loc + layer.factor * z, log_det + np.log(layer.factor).sum()
+                scales = layer.factor.scales
+                z, log_det = layer.loc + scales * z, log_det + np.log(scales).sum()
             case other:
                 raise TypeError(other)
     return z, log_det

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from pymc_flows.bijections.linear import (
-    divided,
-    inverse_factor,
-    is_low_rank,
-    log_det_of,
-    low_rank_factor,
-    norms_of_rows,
-    times,
-    times_transposed,
-    unpacked,
+from pymc_flows.bijections.factors import (
+    Factor,
+    TriangularFactor,
+    as_factor,
+    triangular_root,
 )
 from pymc_flows.statistics.criteria import THRESHOLDS, gaussian_suffices
 from pymc_flows.statistics.importance import normalise, weighted_change
@@ -61,42 +57,38 @@ STEP_LENGTHS = np.array([1.0, 0.3, 3.0, 0.1, 0.03, 0.01, 1e-3, 1e-5])
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian on the unconstrained space, and how well it fits.
+    """A Gaussian on the unconstrained space, and an estimate of its ELBO.
 
     Attributes
     ----------
     loc : ndarray
-        (dim,).
-    factor : ndarray
-        F of the covariance ``F Fᵀ``, of any kind that :class:`pymc_flows.bijections.Whitening` takes.
+        (dim,), the mean.
+    factor : Factor
+        F of the covariance ``F Fᵀ``; an array is made into one by :func:`pymc_flows.bijections.factors.as_factor`.
     elbo, elbo_se : float
-        Evidence lower bound and its Monte Carlo standard error, in nats.
+        Evidence lower bound and its Monte Carlo standard error, in nats; -inf and inf before it is estimated.
     """
 
     loc: np.ndarray
-    factor: np.ndarray
+    factor: Any
     elbo: float = -np.inf
     elbo_se: float = np.inf
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", as_factor(self.factor))
 
     @property
     def scales(self) -> np.ndarray:
         """Standard deviations (dim,)."""
-        return norms_of_rows(self.factor)
+        return self.factor.row_norms()
 
     def draws(self, z: np.ndarray) -> np.ndarray:
         """Map standard normal z (draws, dim) to draws."""
-        return self.loc + times(self.factor, z)
+        return self.loc + self.factor.times(z)
 
     def whiten(self, x: np.ndarray) -> np.ndarray:
         """Map draws to standard normal z (draws, dim)."""
-        away = x - self.loc
-        if self.factor.ndim == 1:
-            return away / self.factor
-        if is_low_rank(self.factor):
-            return times(inverse_factor(self.factor), away)
-        from scipy.linalg import solve_triangular  # slow to import
-
-        return solve_triangular(self.factor, away.T, lower=True).T
+        return self.factor.solve(x - self.loc)
 
     def reaches(self, x: np.ndarray) -> np.ndarray:
         """Whether points (points, dim) lie within three of its standard deviations a dimension."""
@@ -104,55 +96,31 @@ class Gaussian:
 
     def pull(self, score: np.ndarray) -> np.ndarray:
         """Turn a score by x into one by z."""
-        return times_transposed(self.factor, score)
+        return self.factor.times_transposed(score)
 
     def log_density(self, z: np.ndarray) -> np.ndarray:
         """Log density (draws,) of the draws made from z."""
         with np.errstate(divide="ignore"):  # without width, by rounding, it has no bound
-            constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + log_det_of(self.factor)
+            constant = 0.5 * z.shape[1] * np.log(2 * np.pi) + self.factor.log_det()
         return -0.5 * (z**2).sum(axis=1) - constant
 
-    def block(self, here: slice) -> tuple[np.ndarray, np.ndarray]:
+    def block(self, here: slice) -> tuple[np.ndarray, Factor]:
         """Location and factor of the marginal of some of the dimensions."""
-        loc, factor = self.loc[here], self.factor[here]
-        if factor.ndim == 1 or len(factor) == len(self.factor):
-            return loc, factor
-        if not is_low_rank(self.factor):
-            return loc, _root(factor @ factor.T)
-        scales, left, right = unpacked(factor)
-        columns, inner = _of_covariance(left, right, unpacked(self.factor)[2])
-        if loc.size <= FULL_MAX_DIM:
-            correlation = np.eye(loc.size) + columns @ inner @ columns.T
-            return loc, _root(scales[:, None] * correlation * scales)
-        return loc, _low_rank_root(scales, columns, inner, MAX_RANK)
+        return self.loc[here], self.factor.marginal(here, FULL_MAX_DIM, MAX_RANK)
 
     def moved(
         self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray | None = None
     ) -> Gaussian:
         """Go on to mean ``shift`` and covariance ``vectors diag(values) vectors'`` in z."""
         loc, roots = self.draws(shift[None])[0], np.sqrt(values)
-        if vectors is None and is_low_rank(self.factor):
-            scales, left, right = unpacked(self.factor)
-            left, right = left / roots[:, None], right * roots[:, None]
-            return Gaussian(loc, low_rank_factor(scales * roots, left, right))
         if vectors is None:
-            return Gaussian(loc, self.factor * roots)
-        factor = np.diag(self.factor) if self.factor.ndim == 1 else self.factor
-        upper = np.linalg.qr((factor @ (vectors * roots)).T, mode="r")
-        return Gaussian(loc, upper.T * np.where(np.diagonal(upper) < 0, -1.0, 1.0))
+            return Gaussian(loc, self.factor.scaled_columns(roots))
+        return Gaussian(loc, self.factor.rotated(roots, vectors))
 
     def stretched(self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> Gaussian:
         """Go on to mean ``shift`` and variances ``values`` along orthonormal ``vectors`` (dim, rank) in z."""
-        loc, more = self.draws(shift[None])[0], vectors * (np.sqrt(values) - 1)
-        if self.factor.ndim == 1:
-            return Gaussian(loc, low_rank_factor(self.factor, vectors, more))
-        scales, left, right = unpacked(self.factor)
-        left = np.column_stack([left, vectors + left @ (right.T @ vectors)])
-        right = np.column_stack([right, more])
-        if left.shape[1] <= MAX_RANK:
-            return Gaussian(loc, low_rank_factor(scales, left, right))
-        columns, inner = _of_covariance(left, right, right)
-        return Gaussian(loc, _low_rank_root(scales, columns, inner, MAX_RANK))
+        loc = self.draws(shift[None])[0]
+        return Gaussian(loc, self.factor.stretched(values, vectors, MAX_RANK))
 
 
 @dataclass
@@ -272,7 +240,7 @@ def _stretched(target, gaussian, rng):
         lengths = [longest, 0.3 * longest, 0.1 * longest]
         steps = [gaussian.stretched(by * shift, values**by, vectors) for by in lengths]
         # where rare draws far out make the ELBO, no step along its slopes leads back
-        narrower = replace(gaussian, factor=divided(gaussian.factor, np.full(shift.size, 1.5)))
+        narrower = replace(gaussian, factor=gaussian.factor.divided_rows(np.full(shift.size, 1.5)))
         tried = [gaussian, *(judge(target, further, noise) for further in [*steps, narrower])]
         stretched = max(tried, key=lambda g: g.elbo)
         # a mean Hessian is that of all draws: where they spread, it may lead too far
@@ -364,16 +332,21 @@ def gaussian_of(draws: np.ndarray) -> Gaussian:
     loc, away = draws.mean(axis=0), draws - draws.mean(axis=0)
     if len(draws) < 3 * loc.size or loc.size > FULL_MAX_DIM:
         return Gaussian(loc, np.maximum(away.std(axis=0, ddof=1), 1e-12))
-    return Gaussian(loc, _root(away.T @ away / (len(draws) - 1)))
+    return Gaussian(loc, triangular_root(away.T @ away / (len(draws) - 1)))
 
 
 def around(modes: np.ndarray, gaussian: Gaussian) -> Gaussian:
     """Give the Gaussian with mean and covariance of equal copies of one at several modes."""
     loc = modes.mean(axis=0)
     away = modes - loc
-    if gaussian.factor.ndim == 1 or is_low_rank(gaussian.factor):
+    if not isinstance(gaussian.factor, TriangularFactor):
         return Gaussian(loc, np.sqrt(gaussian.scales**2 + (away**2).mean(axis=0)))
-    return Gaussian(loc, _root(gaussian.factor @ gaussian.factor.T + away.T @ away / len(modes)))
+    return Gaussian(
+        loc,
+        triangular_root(
+            gaussian.factor.matrix @ gaussian.factor.matrix.T + away.T @ away / len(modes)
+        ),
+    )
 
 
 def balanced_noise(rng: np.random.Generator, n_draws: int, dim: int) -> np.ndarray:
@@ -545,7 +518,7 @@ class _Climb:
         x, pairs = self.history[k][when]
         if x.size > WRITTEN_MAX_DIM:
             return Gaussian(x, np.sqrt(_inverse_diagonal(pairs, x.size)))
-        return Gaussian(x, _root(_quasi_newton(np.eye(x.size), pairs)))
+        return Gaussian(x, triangular_root(_quasi_newton(np.eye(x.size), pairs)))
 
 
 def _quasi_newton(scores, pairs):
@@ -570,31 +543,6 @@ def _inverse_diagonal(pairs, dim):
         a, b, c = turned @ (alpha * turned), turned @ moved, moved @ (moved / alpha)
         alpha = 1 / (a / (b * alpha) + turned**2 / b - (a * moved**2) / (b * c * alpha**2))
     return np.clip(alpha, 1e-12, 1e12)
-
-
-def _root(covariance):
-    """Lower-triangular root of a symmetric matrix, its eigenvalues made positive."""
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    values = np.maximum(np.abs(values), 1e-14 * np.abs(values).max() + 1e-300)
-    upper = np.linalg.qr((vectors * np.sqrt(values)).T, mode="r")
-    return upper.T * np.sign(np.diagonal(upper))
-
-
-def _of_covariance(left, right, everywhere):
-    """C and K of ``(I + A Bᵀ)(I + A Bᵀ)ᵀ = I + C K Cᵀ``, A and B for some of the dimensions, B for all."""
-    eye = np.eye(left.shape[1])
-    inner = np.block([[everywhere.T @ everywhere, eye], [eye, 0 * eye]])
-    return np.column_stack([left, right]), inner
-
-
-def _low_rank_root(scales, columns, inner, max_rank):
-    """Root of ``S (I + C K Cᵀ) S``, with the eigenvectors of ``C K Cᵀ`` that matter most."""
-    q, r = np.linalg.qr(columns)
-    values, vectors = np.linalg.eigh(r @ inner @ r.T)
-    logs = np.log1p(np.maximum(values, 1e-14 - 1))
-    most = np.argsort(-np.abs(logs))[: min(max_rank, (len(scales) - 2) // 2)]
-    vectors = q @ vectors[:, most]
-    return low_rank_factor(scales, vectors, vectors * np.expm1(logs[most] / 2))
 
 
 def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gaussian:
@@ -622,7 +570,7 @@ def polish(target: Density, gaussian: Gaussian, n_iterations: int = 12) -> Gauss
         tried = np.where(np.isfinite(tried), tried, -np.inf)
         j = int(np.argmax(tried))
         gaussian = here.moved(lengths[j] * newton, 1 / values, vectors)
-        if not (np.isfinite(gaussian.factor).all() and np.diagonal(gaussian.factor).all()):
+        if not (np.isfinite(gaussian.factor.to_array()).all() and gaussian.factor.diagonal.all()):
             return here  # where nothing bounds it, it grows until rounding leaves it no width elsewhere
         if tried[j] - tried[0] < 1e-4 and np.abs(values - 1).max() < 0.1:
             break
@@ -651,7 +599,7 @@ def settle(
         if valid.mean() < 0.5:
             # too wide: half of it, about the best
             too_wide = np.full(dim, 2.0 ** (waited + 1))
-            gaussian = replace(best, factor=divided(best.factor, too_wide))
+            gaussian = replace(best, factor=best.factor.divided_rows(too_wide))
             waited += 1
             if waited > 4:
                 break
