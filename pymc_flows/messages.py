@@ -1,17 +1,31 @@
-"""What users read: warnings that point at their line, and hints in error messages."""
+"""Messages to users: warnings that point at the user's line, and suggestions for misspelt names."""
 
 import difflib
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+# frames of files below this folder are skipped when Python looks for the line to blame
 PACKAGE = str(Path(__file__).parent)
 
 
 def warn_user(message: str) -> None:
-    """Warn at the line of the user's call, however deep in the package the warning arises.
+    """Issue a ``UserWarning`` at the line of the user's call into the package.
 
-    Python then shows a warning that repeats on the same line only once.
+    Python's default filter shows a warning once per line, so a call in a loop warns once.
+
+    Parameters
+    ----------
+    message : str
+        What happened, and what to do about it.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True, action="always") as caught:
+    ...     warn_user("k-hat is 0.9; increase n_layers")
+    >>> str(caught[0].message)
+    'k-hat is 0.9; increase n_layers'
     """
     warnings.warn(message, UserWarning, skip_file_prefixes=(PACKAGE,))
 
@@ -19,6 +33,20 @@ def warn_user(message: str) -> None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the known name nearest to a misspelt one, as the end of an error message.
 
+    Parameters
+    ----------
+    name : str
+        Name that is not known.
+    known : iterable of str
+        Names that would have been valid.
+
+    Returns
+    -------
+    str
+        ``"; did you mean <nearest>?"``, or an empty string if no name is near.
+
+    Examples
+    --------
     >>> did_you_mean("plannar", ["planar", "radial"])
     '; did you mean planar?'
     >>> did_you_mean("x", ["planar", "radial"])
