@@ -62,7 +62,7 @@ def measure(family, dim):
 
 
 def main() -> None:
-    from pymc_flows.families.recipes import FAMILIES
+    from pymc_flows.families.registry import FAMILIES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))

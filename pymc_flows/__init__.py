@@ -13,7 +13,7 @@ from pymc_flows.assess.plots import (
     plot_warp,
     plot_weights,
 )
-from pymc_flows.families.recipes import UnknownFlowError, families
+from pymc_flows.families.registry import UnknownFlowError, families
 from pymc_flows.fit.inference import NFVI
 from pymc_flows.groups.mnf import MNFGroup
 from pymc_flows.posterior.approximation import FlowApproximation, FlowGroup, NormalizingFlow

@@ -12,13 +12,13 @@ from pymc.variational.opvi import Approximation, Group
 from xarray import DataTree
 
 from pymc_flows.bijections import Bijection
-from pymc_flows.families.recipes import (
+from pymc_flows.families.build import is_flow
+from pymc_flows.families.formula import FORMULA_LAYERS
+from pymc_flows.families.registry import (
     DEFAULT_ALIASES,
     FAMILIES,
-    FORMULA_LAYERS,
     MATRIX_FAMILIES,
     UnknownFlowError,
-    is_flow,
     is_matrix_family,
 )
 from pymc_flows.fit.inference import NFVI

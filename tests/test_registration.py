@@ -15,7 +15,7 @@ from pymc.variational.opvi import Group
 import pymc_flows as pmf
 from pymc_flows import NFVI, FlowGroup, UnknownFlowError
 from pymc_flows.bijections import Loc
-from pymc_flows.families.recipes import FAMILIES
+from pymc_flows.families.registry import FAMILIES
 from pymc_flows.groups.mnf import MNFGroup
 
 
@@ -132,7 +132,7 @@ def test_start_sigma_is_advis(normal):
         ("advy", "unknown method 'advy'; did you mean advi?"),
         ("Flov", "unknown method 'Flov'; did you mean flow?"),
         ("xyzzy", r"unknown method 'xyzzy'\. Methods: advi"),
-        ("scale-planer*3", "'planer' is no flow; did you mean planar?"),
+        ("scale-planer*3", "'planer' is not a layer of a formula; did you mean planar?"),
     ],
 )
 def test_an_unknown_method_is_a_key_error_that_names_the_nearest(normal, method, message):

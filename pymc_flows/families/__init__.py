@@ -1,1 +1,1 @@
-"""Named recipes for flows, PyMC 3's formulas, and the list of all families."""
+"""Named recipes for flows, PyMC 3's formulas, and the table of all families."""

@@ -19,12 +19,7 @@ from xarray import DataTree
 
 from pymc_flows.backend.compilation import prefers_jax
 from pymc_flows.bijections import Bijection
-from pymc_flows.families.recipes import (
-    FAMILIES,
-    MATRIX_FAMILIES,
-    canonical,
-    is_matrix_family,
-)
+from pymc_flows.families.registry import FAMILIES, MATRIX_FAMILIES, canonical, is_matrix_family
 from pymc_flows.fit.ladder import Ladder, Settings, climb_again
 from pymc_flows.fit.objective import GRADIENTS
 from pymc_flows.groups.mnf import MNFGroup, by_layers

@@ -18,7 +18,8 @@ from pytensor.graph.basic import Variable
 
 from pymc_flows.backend.compilation import may_interpret, prefers_jax
 from pymc_flows.bijections import Bijection, Chain, Mixture
-from pymc_flows.families.recipes import affine_map, build_base
+from pymc_flows.families.affine import affine_map
+from pymc_flows.families.build import build_base
 from pymc_flows.fit.objective import Pulled, Target, build_objective, find_local_draws, undo
 from pymc_flows.fit.start.search import (
     CHEAP_MAX_DIM,

@@ -22,7 +22,8 @@ from pymc.variational.opvi import (
 from pytensor.graph.replace import graph_replace
 
 from pymc_flows.bijections import Chain, Params, Whitening, flatten
-from pymc_flows.families.recipes import check_flow, mnf
+from pymc_flows.families.build import check_flow
+from pymc_flows.families.matrices import mnf
 from pymc_flows.posterior.approximation import FlowApproximation, start_of_group
 
 MNF = "mnf"
@@ -57,7 +58,7 @@ class MNFGroup(Group):
     model : Model, optional
         Taken from the context otherwise.
     options : dict, optional
-        The options of :func:`pymc_flows.families.recipes.mnf`; they can as well be given as keywords.
+        The options of :func:`pymc_flows.families.matrices.mnf`; they can as well be given as keywords.
     start : dict, optional
         Means of the matrices at first, by variable, in the model's own space. Otherwise the model's
         initial point, and with multipliers of rows small random numbers around it, for at one point the
@@ -325,7 +326,7 @@ def by_layers(
     start : dict, optional
         Means at first, by variable, in the model's own space.
     **options
-        Those of :func:`pymc_flows.families.recipes.mnf`.
+        Those of :func:`pymc_flows.families.matrices.mnf`.
 
     Raises
     ------

@@ -51,16 +51,8 @@ from pymc_flows.bijections import (
     normal_log_density,
 )
 from pymc_flows.bijections.factors import DiagonalFactor, Factor, as_factor
-from pymc_flows.families.recipes import (
-    DEFAULT_FAMILY,
-    FAMILIES,
-    UnknownFlowError,
-    build_base,
-    build_flow,
-    canonical,
-    check_flow,
-    conditioned,
-)
+from pymc_flows.families.build import build_base, build_flow, check_flow, conditioned
+from pymc_flows.families.registry import DEFAULT_FAMILY, FAMILIES, UnknownFlowError, canonical
 from pymc_flows.messages import did_you_mean, warn_user
 from pymc_flows.model.log_density import batch, log_density, value_slices
 from pymc_flows.model.minibatch import is_minibatched, minibatch_scale, whole_model

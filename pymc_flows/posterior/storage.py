@@ -25,9 +25,8 @@ from pytensor.tensor.shape import SpecifyShape
 
 from pymc_flows import bijections
 from pymc_flows.bijections.factors import Factor
-from pymc_flows.families.recipes import did_you_mean
 from pymc_flows.groups.mnf import MNF, MNFGroup
-from pymc_flows.messages import warn_user
+from pymc_flows.messages import did_you_mean, warn_user
 from pymc_flows.model.minibatch import is_minibatched
 from pymc_flows.posterior.approximation import (
     FlowApproximation,

@@ -34,18 +34,15 @@ from pymc_flows.bijections import (
     Tails,
     flatten,
 )
-from pymc_flows.families.recipes import (
-    AFFINE_RANK,
+from pymc_flows.families.affine import AFFINE_RANK, FULL_AFFINE_MAX_DIM
+from pymc_flows.families.build import build_flow, check_flow, is_flow
+from pymc_flows.families.formula import parse_formula
+from pymc_flows.families.registry import (
     DEFAULT_FAMILY,
     FAMILIES,
-    FULL_AFFINE_MAX_DIM,
     MATRIX_FAMILIES,
     UnknownFlowError,
-    build_flow,
     canonical,
-    check_flow,
-    is_flow,
-    parse_formula,
 )
 from pymc_flows.messages import did_you_mean
 
@@ -279,7 +276,11 @@ def test_planar_alone_is_the_family_and_with_a_repeat_a_formula():
 @pytest.mark.parametrize(
     ("formula", "marks", "says"),
     [
-        ("scale-planer*8-loc", "      ^^^^^^^^", "'planer' is no flow; did you mean planar?"),
+        (
+            "scale-planer*8-loc",
+            "      ^^^^^^^^",
+            "'planer' is not a layer of a formula; did you mean planar?",
+        ),
         ("scale--loc", "      ^", "a layer is missing here"),
         ("scale-loc-", "          ^", "a layer is missing here"),
         ("*3-loc", "^^", "a layer is missing here"),
@@ -288,9 +289,9 @@ def test_planar_alone_is_the_family_and_with_a_repeat_a_formula():
         ("scale-planar*-loc", "      ^^^^^^^", "at least 1, got ''"),
         ("scale-planar*²", "      ^^^^^^^^", "at least 1, got '²'"),
         ("scale-planar*2*3", "      ^^^^^^^^^^", "at least 1, got '2*3'"),
-        ("scale-nice-loc", "      ^^^^", "'nice' is a family, which stands alone"),
-        ("realnvp*2", "^^^^^^^^^", "'realnvp' is a family, which stands alone"),
-        ("realnpv", "^^^^^^^", "'realnpv' is no flow; did you mean realnvp?"),
+        ("scale-nice-loc", "      ^^^^", "'nice' is a family; use it alone"),
+        ("realnvp*2", "^^^^^^^^^", "'realnvp' is a family; use it alone"),
+        ("realnpv", "^^^^^^^", "'realnpv' is not a flow; did you mean realnvp?"),
     ],
 )
 def test_a_bad_formula_is_marked_where_it_is_bad(formula, marks, says):

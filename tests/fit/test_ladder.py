@@ -20,7 +20,7 @@ from scipy import stats
 from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.bijections import Mixture
 from pymc_flows.bijections.factors import LowRankFactor
-from pymc_flows.families.recipes import affine_map
+from pymc_flows.families.affine import affine_map
 from pymc_flows.fit import ladder
 from pymc_flows.fit.ladder import MORE_LAYERS
 from pymc_flows.fit.training import Schedule
