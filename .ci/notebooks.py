@@ -1,4 +1,7 @@
-"""Execute every notebook from the start, two at a time; an error, or one without outputs, fails."""
+"""Execute every notebook from the start, two at a time.
+
+An error, or a notebook that is committed without outputs, fails the run.
+"""
 
 import os
 import sys
@@ -13,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def execute(path: Path) -> str:
-    """Run a notebook; say how long it took."""
+    """Run a notebook and return its size and its time."""
     started = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -27,10 +30,10 @@ if __name__ == "__main__":
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not notebooks:
         sys.exit("no notebooks found")
-    # a kernel that crashes says where
+    # a kernel that crashes prints where
     os.environ["PYTHONFAULTHANDLER"] = "1"
     failed = []
-    # compilation, most of what they do, keeps one core busy
+    # most of the time is compilation, which keeps one core busy
     with ProcessPoolExecutor(2) as pool:
         running = {pool.submit(execute, path): path.name for path in notebooks}
         for done in as_completed(running):

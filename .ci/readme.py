@@ -1,4 +1,4 @@
-"""Run the Python code of the README, block after block, in one namespace; warnings are errors."""
+"""Run the Python code of the README, block after block, in one namespace. Warnings are errors."""
 
 import os
 import re
@@ -11,10 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 warnings.simplefilter("error")
-# nutpie and JAX start threads and processes; these two are about that, and not about us
+# these two warnings concern the processes of nutpie and the plots' backend, not this package
 warnings.filterwarnings("ignore", message="os.fork")
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
-# fits of 200 steps, of families that fit less well, are right to say so
+# a fit of 200 steps rightly warns
 warnings.filterwarnings("ignore", message="the fit's importance weights are uneven")
 
 readme = (Path(__file__).parents[1] / "README.md").read_text()
