@@ -1,4 +1,4 @@
-"""Settings of the doctests: no C compiler, and an empty folder for each. The wheel leaves this out."""
+"""Settings of the doctests: no C compiler, and an empty folder for each. Not in the wheel."""
 
 import os
 import sys
