@@ -1,1 +1,1 @@
-"""Which backend computes, and how a graph is compiled for it."""
+"""Backends: compile a graph for JAX, Numba, C or NumPy."""
