@@ -1,9 +1,10 @@
-"""How ``pm.fit`` and ``pm.Group`` learn the names of flows, and forget them."""
+"""Register the names of flows with ``pm.fit`` and ``pm.Group``, and unregister them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pymc as pm
@@ -24,9 +25,11 @@ from pymc_flows.families.registry import (
 from pymc_flows.fit.inference import NFVI
 from pymc_flows.groups.mnf import MNFGroup
 from pymc_flows.messages import did_you_mean
-from pymc_flows.posterior.approximation import FlowGroup
+from pymc_flows.posterior.approximation import FlowApproximation, FlowGroup
 
+# Methods that PyMC's own fit knows by name, as listed in its docstring.
 PYMC_METHODS = ("advi", "fullrank_advi", "svgd", "asvgd")
+# PyMC's own functions, which unregister() puts back.
 _pymc_fit = inspect.unwrap(pymc_inference.fit)
 _pymc_group_for_short_name = inspect.unwrap(Group.group_for_short_name.__func__)
 
@@ -39,27 +42,27 @@ def fit(
     start: dict[str, Any] | DataTree | Approximation | None = None,
     start_sigma: dict[str, Any] | None = None,
     inf_kwargs: dict[str, Any] | None = None,
-    **kwargs,
-):
-    """Fit a flow to a model: what ``pm.fit(method=...)`` does for our methods.
+    **kwargs: Any,
+) -> FlowApproximation:
+    """Fit a flow to a model, as ``pm.fit(method=...)`` does for the methods of this package.
 
     Parameters
     ----------
     n : int, default 5000
-        Most steps; a fit that no longer gains ends before.
+        Largest number of steps. A fit that stops improving ends earlier.
     method : str, Bijection or NFVI, default "flow"
-        A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, either
-        after ``"nfvi="`` if you like, or an NFVI instance. ``"mnf"`` takes the matrices among the
-        variables, and mean field the rest.
+        A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, a
+        ready bijection, or an NFVI instance. Names and formulas may have the prefix ``"nfvi="``.
+        ``"mnf"`` fits the matrices among the variables, and mean field fits the rest.
     model : Model, optional
-        Taken from the context otherwise.
+        The model of the context by default.
     random_seed : int, optional
         The same seed gives the same fit.
     start : dict, DataTree or Approximation, optional
-        Where the fit starts: values, by variable, in the model's own space; draws of all
-        variables; or an earlier approximation.
+        Where the fit starts: values by variable on the constrained space, draws of all variables,
+        or an earlier approximation.
     start_sigma
-        Only ADVI takes it; with a flow it is a NotImplementedError, as in PyMC with other methods.
+        An option of ADVI only. A flow raises NotImplementedError, as other methods of PyMC do.
     inf_kwargs : dict, optional
         The family's options, such as ``{"n_layers": 4}``.
     **kwargs
@@ -68,11 +71,32 @@ def fit(
     Returns
     -------
     FlowApproximation
+        The fitted approximation.
+
+    Raises
+    ------
+    UnknownFlowError
+        If the method or an option of the family does not exist.
+    TypeError
+        If ``method`` is an NFVI instance and an argument must be given to NFVI instead, or the
+        model is another one.
+    NotImplementedError
+        If ``start_sigma`` is given.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> with pm.Model():
+    ...     x = pm.Normal("x", 1, 2, shape=2)
+    ...     approx = pmf.fit(100, method="flow", random_seed=1, progressbar=False)
+    >>> approx.mean_data["x"].values.round(1)
+    array([1., 1.])
     """
     if start_sigma is not None:
         raise NotImplementedError(
             f"start_sigma must be left to method 'advi', got it with {method!r}: a flow takes its "
-            "widths from the search for a start, or from draws given as start"
+            "initial scales from the initialization, or from draws given as start"
         )
     if not isinstance(method, NFVI):
         method = NFVI(method, model=model, random_seed=random_seed, start=start, **inf_kwargs or {})
@@ -80,14 +104,15 @@ def fit(
     late = {"random_seed": random_seed, "start": start, "inf_kwargs": inf_kwargs}
     for name, value in late.items():
         if value is not None:
-            raise TypeError(f"{name} must be given to NFVI(...), which is made already, not to fit")
+            raise TypeError(f"{name} must be given to NFVI(...) when it is created, not to fit")
     if model is not None and model is not method.approx.model:
-        raise TypeError("model must be the one that NFVI was made for, or None")
+        raise TypeError("model must be the model of the NFVI instance, or None; got another model")
     return method.fit(n, **kwargs)
 
 
 @functools.wraps(_pymc_fit)
-def _fit(*args, **kwargs):
+def _fit(*args: Any, **kwargs: Any) -> Approximation:
+    """``pm.fit`` while the flows are registered: other methods go on to PyMC unchanged."""
     method = inspect.signature(_pymc_fit).bind(*args, **kwargs).arguments.get("method", "advi")
     if isinstance(method, NFVI) or is_flow(method) or is_matrix_family(method):
         return fit(*args, **kwargs)
@@ -101,28 +126,50 @@ def _fit(*args, **kwargs):
     return _pymc_fit(*args, **kwargs)
 
 
-def _group_for_short_name(cls, name):
+def _group_for_short_name(cls: type[Group], name: str) -> type[Group]:
+    """Look up a group by ``vfam``; formulas of flows are names too."""
     if is_flow(name):
         return FlowGroup
     try:
         return _pymc_group_for_short_name(cls, name)
     except KeyError:
         known = list(_names())
+        near = did_you_mean(name.lower(), known)
         raise UnknownFlowError(
-            f"unknown vfam {name!r}{did_you_mean(name.lower(), known)}. Families: {', '.join(known)}"
+            f"unknown vfam {name!r}{near}. Families: {', '.join(known)}"
         ) from None
 
 
 def _names() -> dict[str, type[Group]]:
+    """PyMC's registry of groups by name.
+
+    PyMC registers groups but has no method to remove or list them, so this reads its private
+    registry by the name-mangled attribute.
+    """
     return Group._Group__name_registry
 
 
 def _param_specs() -> dict[frozenset, type[Group]]:
+    """PyMC's registry of groups by the names of their parameters, private as well."""
     return Group._Group__param_registry
 
 
 def register() -> None:
-    """Teach ``pm.fit`` and ``pm.Group`` our names; importing pymc_flows does. Twice is once."""
+    """Register the names of flows with ``pm.fit`` and ``pm.Group``.
+
+    Importing pymc_flows calls this function. Calling it again changes nothing.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> pmf.register()
+    >>> with pm.Model():
+    ...     x = pm.Normal("x", shape=2)
+    ...     group = pm.Group([x], vfam="planar")
+    >>> isinstance(group, pmf.FlowGroup)
+    True
+    """
     unregister()
     Group.register(FlowGroup)
     Group.register(MNFGroup)
@@ -131,7 +178,20 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Leave PyMC as it was before ``import pymc_flows``; :func:`register` brings us back."""
+    """Leave PyMC as it was before ``import pymc_flows``.
+
+    :func:`pymc_flows.fit` works without registration, and :func:`register` registers the names
+    again.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> pmf.unregister()
+    >>> pm.fit.__module__, hasattr(pm.fit, "__wrapped__")
+    ('pymc.variational.inference', False)
+    >>> pmf.register()
+    """
     for group in (FlowGroup, MNFGroup):
         for name in (group.short_name, *group.alias_names):
             _names().pop(name, None)
@@ -140,6 +200,7 @@ def unregister() -> None:
     _set_fit(_pymc_fit)
 
 
-def _set_fit(function) -> None:
+def _set_fit(function: Callable[..., Any]) -> None:
+    """Replace ``fit`` in each module of PyMC that exports it."""
     for module in (pm, pm.variational, pymc_inference):
         module.fit = function

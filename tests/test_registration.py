@@ -1,4 +1,4 @@
-"""What ``pm.fit`` and ``pm.Group`` learn from us, what they keep, and how it is taken back."""
+"""Registration with ``pm.fit`` and ``pm.Group``: what it adds, what it leaves alone, its removal."""
 
 import inspect
 import subprocess
@@ -20,16 +20,16 @@ from pymc_flows.groups.mnf import MNFGroup
 
 
 @pytest.fixture
-def taken_back():
-    """PyMC without us, until the test ends."""
+def unregistered():
+    """PyMC without our registration, until the test ends."""
     pmf.unregister()
     yield
     pmf.register()
 
 
 @pytest.fixture
-def fits(monkeypatch):
-    """Calls of NFVI.fit, recorded and not made."""
+def fit_calls(monkeypatch):
+    """Record the calls of NFVI.fit instead of fitting."""
     calls = []
 
     def record(self, n=None, **kwargs):
@@ -63,17 +63,17 @@ def pymc_state():
     ],
     ids=str,
 )
-def test_every_form_of_a_method_is_fitted(normal, fits, method, flow):
+def test_every_form_of_a_method_reaches_nfvi(normal, fit_calls, method, flow):
     with normal:
         approx = pm.fit(7, method, progressbar=False, score=False)
-    ((inference, n, kwargs),) = fits
+    ((inference, n, kwargs),) = fit_calls
     assert isinstance(inference, NFVI)
     assert approx is inference.approx
     assert approx.groups[0].flow == flow
     assert (n, kwargs) == (7, {"progressbar": False, "score": False})
 
 
-def test_seed_start_options_and_model_reach_the_flow(normal, fits):
+def test_seed_start_options_and_model_reach_the_flow(normal, fit_calls):
     arguments = {
         "method": "planar",
         "random_seed": 4,
@@ -90,31 +90,31 @@ def test_seed_start_options_and_model_reach_the_flow(normal, fits):
     assert not np.array_equal(weights, other)
 
 
-def test_an_nfvi_is_fitted_as_it_is(normal, fits):
+def test_an_nfvi_instance_is_fitted_unchanged(normal, fit_calls):
     with normal:
         inference = NFVI("planar")
         assert pm.fit(5, method=inference) is inference.approx
         assert pm.fit(method=inference, model=normal) is inference.approx
-    assert [(call[0], call[1]) for call in fits] == [(inference, 5), (inference, None)]
+    assert [(call[0], call[1]) for call in fit_calls] == [(inference, 5), (inference, None)]
 
 
 @pytest.mark.parametrize(
     "late", [{"random_seed": 1}, {"start": {"b": 1.0}}, {"inf_kwargs": {"n_layers": 2}}]
 )
-def test_what_comes_too_late_for_an_nfvi_is_an_error(normal, fits, late):
+def test_an_argument_that_nfvi_takes_is_an_error_in_fit(normal, fit_calls, late):
     with normal, pytest.raises(TypeError, match=f"{next(iter(late))} must be given to NFVI"):
         pm.fit(method=NFVI("planar"), **late)
-    assert not fits
+    assert not fit_calls
 
 
-def test_an_nfvi_of_another_model_is_an_error(normal, fits):
+def test_an_nfvi_instance_of_another_model_is_an_error(normal, fit_calls):
     with normal:
         inference = NFVI("planar")
-    with pm.Model() as other, pytest.raises(TypeError, match="model must be the one"):
+    with pm.Model() as other, pytest.raises(TypeError, match="model must be the model of the NFVI"):
         pm.fit(method=inference, model=other)
 
 
-def test_start_sigma_is_advis(normal):
+def test_start_sigma_is_an_error_for_flows(normal):
     with (
         normal,
         pytest.raises(
@@ -135,20 +135,20 @@ def test_start_sigma_is_advis(normal):
         ("scale-planer*3", "'planer' is not a layer of a formula; did you mean planar?"),
     ],
 )
-def test_an_unknown_method_is_a_key_error_that_names_the_nearest(normal, method, message):
+def test_an_unknown_method_is_an_error_that_names_the_nearest(normal, method, message):
     with normal, pytest.raises(KeyError, match=message) as caught:
         pm.fit(method=method)
     assert isinstance(caught.value, UnknownFlowError)
 
 
-def test_pmf_fit_is_the_same_without_registration(normal, fits, taken_back):
+def test_pmf_fit_works_without_registration(normal, fit_calls, unregistered):
     with normal:
         approx = pmf.fit(3, inf_kwargs={"n_layers": 2})
     assert approx.groups[0].flow == "flow"
-    assert fits[0][1] == 3
+    assert fit_calls[0][1] == 3
 
 
-def test_unregistering_leaves_pymc_as_it_was(normal, taken_back):
+def test_unregistering_leaves_pymc_as_it_was(normal, unregistered):
     before = pymc_state()
     assert before["fits"][0] is before["fits"][1] is before["fits"][2]
     assert before["fits"][0].__module__ == "pymc.variational.inference"
@@ -166,7 +166,7 @@ def test_unregistering_leaves_pymc_as_it_was(normal, taken_back):
     assert pymc_state() == before
 
 
-def test_registering_twice_is_once(taken_back):
+def test_registering_twice_changes_nothing(unregistered):
     pmf.register()
     once = pymc_state()
     pmf.register()
@@ -178,18 +178,18 @@ def test_registering_twice_is_once(taken_back):
     assert pm.fit is inspect.unwrap(once["fits"][0])
 
 
-def test_pymcs_group_lookup_stays():
+def test_lookup_of_pymcs_groups_is_unchanged():
     assert Group.group_for_short_name("mean_field") is MeanFieldGroup
     assert Group.group_for_short_name("FULL_RANK") is FullRankGroup
 
 
-def test_the_wrapper_shows_pymcs_signature():
+def test_the_wrapper_has_pymcs_signature_and_docstring():
     assert pm.fit.__doc__ == inspect.unwrap(pm.fit).__doc__
     assert inspect.signature(pm.fit) == inspect.signature(inspect.unwrap(pm.fit))
 
 
 @pytest.mark.parametrize("method", ["advi", "fullrank_advi"])
-def test_pymcs_methods_give_what_they_gave(normal, method, python):
+def test_pymcs_methods_give_the_same_results(normal, method, python):
     quickly = {"progressbar": False, "compile_kwargs": {"mode": python}}
 
     def fit():
@@ -219,7 +219,7 @@ def test_pymcs_inference_instances_and_errors_pass_through(normal, monkeypatch):
             pm.fit(1, "advi", None, None, None, None, None, "one too many")
 
 
-def test_importing_brings_neither_jax_nor_matplotlib():
+def test_importing_loads_neither_jax_nor_matplotlib():
     code = (
         "import pymc, sys; before = set(sys.modules); import pymc_flows; "
         "new = {m.partition('.')[0] for m in set(sys.modules) - before}; "
