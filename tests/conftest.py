@@ -1,4 +1,4 @@
-"""What the tests share: quick compilation, small models, and fits that are made once."""
+"""Fixtures and models that several test files use: fast compilation, small models, shared fits."""
 
 import os
 
@@ -8,17 +8,18 @@ import numpy as np
 import pymc as pm
 import pytensor
 import pytest
+from filelock import FileLock
 from pymc.pytensorf import compile as pymc_compile
 from pytensor.compile.mode import Mode
 
-from pymc_flows import FlowApproximation
+from pymc_flows import FlowApproximation, load, save
 from pymc_flows.backend import compilation
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 
 
 def pytest_collection_modifyitems(items):
-    """Put the laws of one bijection in a row, so that the worker that compiles it tests them all."""
+    """Put the tests of one bijection in a row, so that one worker compiles its functions once."""
     first: dict = {}
     places = {}
     for place, item in enumerate(items):
@@ -37,7 +38,7 @@ def no_c_compiler():
 
 @pytest.fixture
 def python(monkeypatch):
-    """Run our functions in Python in place of JAX: slow steps, but compiled in a second."""
+    """Compile the package's functions to Python instead of JAX: slow steps, but compiled in a second."""
 
     def compile_in_python(*args, **kwargs):
         return pymc_compile(*args, **{**kwargs, "mode": PYTHON})
@@ -57,7 +58,7 @@ def normal():
 
 
 def eight_schools(centred=False):
-    """Rubin 1981; log evidence -31.31."""
+    """Build the model of eight schools (Rubin 1981), non-centred by default; its log evidence is -31.31."""
     effects = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     errors = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     with pm.Model(coords={"school": list("ABCDEFGH")}) as model:
@@ -73,7 +74,7 @@ def eight_schools(centred=False):
 
 
 def gaussian(mean, sd, dim=3):
-    """Standard normal posterior with log evidence 1.7, and an approximation of independent normals."""
+    """Approximate a standard normal posterior, of log evidence 1.7, by independent normals."""
     with pm.Model(coords={"side": [f"s{i}" for i in range(dim)]}) as model:
         x = pm.Normal("x", dims="side")
         pm.Potential("evidence", pm.math.constant(1.7))
@@ -85,15 +86,41 @@ def gaussian(mean, sd, dim=3):
 
 @pytest.fixture
 def centred_schools():
-    """Eight schools in the form that is hard to sample."""
+    """Eight schools in the centred form, which is hard to sample."""
     return eight_schools(centred=True)
 
 
 @pytest.fixture(scope="session")
-def schools_fit():
+def fit_once(tmp_path_factory):
+    """Return a function that makes a fit in one of pytest's workers, and loads its file in others.
+
+    Its arguments are a name of the fit, and two functions: one builds the model, one returns the fit
+    of the model. A loaded fit has the same draws, ``hist`` and ``fit_stats``.
+    """
+
+    def get(name, build_model, fit):
+        with pytensor.config.change_flags(cxx=""):
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                return fit(build_model())
+            # the folder that all workers of a run share
+            path = tmp_path_factory.getbasetemp().parent / f"{name}.nc"
+            with FileLock(f"{path}.lock"):
+                if not path.exists():
+                    save(fit(build_model()), path)
+            return load(path, build_model())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def schools_fit(fit_once):
     """Fit of eight schools with no arguments but the seed."""
-    with pytensor.config.change_flags(cxx=""), eight_schools():
-        return pm.fit(method="flow", random_seed=1, progressbar=False)
+
+    def fit(model):
+        with model:
+            return pm.fit(method="flow", random_seed=1, progressbar=False)
+
+    return fit_once("schools", eight_schools, fit)
 
 
 @pytest.fixture(scope="session")
