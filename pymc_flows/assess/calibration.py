@@ -1,4 +1,4 @@
-"""Whether an inference method is calibrated for a model: refits of data simulated from the prior."""
+"""Simulation-based calibration: refit data simulated from the prior, and rank the true values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,35 +24,52 @@ from pymc.progress_bar import CustomProgress
 from rich.progress import Progress
 from xarray import DataTree
 
-from pymc_flows.assess.compare import Scalars
+from pymc_flows.assess.scalars import MIN_DRAWS, Scalars, check_known
+from pymc_flows.fit.inference import NFVI
 from pymc_flows.messages import warn_user
 from pymc_flows.model.minibatch import is_of_minibatch
 from pymc_flows.posterior.approximation import with_density
-from pymc_flows.registration import fit as fit_model
-from pymc_flows.statistics.importance import smooth
+from pymc_flows.statistics.importance import khat, log_weights
 
 if TYPE_CHECKING:
     from arviz_plots import PlotCollection
 
+# PyMC's own methods whose approximations have a density; all other names are for NFVI.
+ADVI_METHODS = ("advi", "fullrank_advi")
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranks of true values among posterior draws; made by :func:`calibrate`.
+    """The result of :func:`calibrate`: ranks of true values among posterior draws.
 
     Attributes
     ----------
     ranks : DataFrame
-        A row a simulation, a column a scalar parameter: the share of the posterior's draws below the
-        true value. Uniform on (0, 1) if the posteriors are exact.
+        A row for each simulation and a column for each scalar parameter: the share of the posterior
+        draws below the true value, on the constrained space. If the posteriors are exact, ranks
+        are uniform on (0, 1).
     summary : DataFrame
-        For each parameter: ``uniform``, the p-value of the ranks' uniformity (Kolmogorov-Smirnov), and
-        ``symmetric``, that of their symmetry about a half, which a bias breaks (Yao et al. 2018,
-        section 3.3); ``bias``, the mean rank less a half, positive where fits lie too low; and
-        ``spread``, the ranks' variance over a uniform's: above 1 where fits are too narrow.
+        Indexed by ``parameter``, smallest ``uniform`` first:
+
+        - ``uniform``: p-value of the uniformity of the ranks (Kolmogorov-Smirnov).
+        - ``symmetric``: p-value of their symmetry about one half, which a bias breaks (Yao et al.
+          2018, arXiv:1802.02538, section 3.3).
+        - ``bias``: the mean rank minus one half, positive if the fits are too low.
+        - ``spread``: the variance of the ranks divided by that of a uniform variable, above 1 if
+          the fits are too narrow.
     khat : Series
         k-hat of each fit.
     failures : dict of int to str
-        Simulations whose fit failed, and how.
+        The number of each simulation whose fit failed, and the error.
+
+    Examples
+    --------
+    >>> ranks = pd.DataFrame({"x": [0.1, 0.6, 0.8]})
+    >>> found = Calibration(ranks, summary=pd.DataFrame(), khat=pd.Series(), failures={})
+    >>> found.to_datatree()["prior_sbc"]["x"].values
+    array([[0.1, 0.6, 0.8]])
+    >>> found.plot(backend="none").backend
+    'none'
     """
 
     ranks: pd.DataFrame
@@ -61,7 +78,7 @@ class Calibration:
     failures: dict[int, str] = field(repr=False)
 
     def to_datatree(self) -> DataTree:
-        """Ranks by parameter in the group ``prior_sbc``, as ArviZ's plots of calibration take them."""
+        """Put the ranks by parameter into the group ``prior_sbc``, which ArviZ's plots read."""
         variables = {
             str(label): (("chain", "draw"), column.to_numpy()[None])
             for label, column in self.ranks.items()
@@ -69,7 +86,9 @@ class Calibration:
         return DataTree.from_dict({"prior_sbc": xr.Dataset(variables)})
 
     def plot(self, **kwargs: Any) -> PlotCollection:
-        """Draw the ranks' distributions less the uniform one, with their envelopes.
+        """Plot the difference between the ranks' distribution functions and the uniform one.
+
+        The plot also has the envelopes that exact posteriors stay within.
 
         Parameters
         ----------
@@ -81,58 +100,87 @@ class Calibration:
         return arviz_plots.plot_ecdf_pit(self.to_datatree(), **kwargs)
 
 
+@dataclass(frozen=True)
+class _Simulations:
+    """Simulated parameters and data, and how to fit them."""
+
+    model: pm.Model
+    simulated: DataTree
+    names: list[str]
+    method: str
+    draws: int
+    fit_kwargs: dict[str, Any]
+
+
 def calibrate(
     model: pm.Model | None = None,
     *,
     method: str = "flow",
     n: int = 100,
     draws: int = 500,
-    var_names: str | list[str] | None = None,
+    var_names: str | Sequence[str] | None = None,
     random_seed: int | None = None,
     path: str | os.PathLike[str] | None = None,
     processes: int = 1,
     progressbar: bool = True,
     fit_kwargs: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """Check a method's calibration by simulation (Talts et al. 2018, arXiv:1804.06788).
+    """Check by simulation whether a method is calibrated for a model.
 
-    Parameters and data are drawn from the model, the data are fitted, and each true value is ranked
-    among the draws of its posterior.
+    Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788, algorithm 1) draws
+    parameters and data from the model, fits the data, and ranks each true value among the draws
+    of its posterior.
 
     Parameters
     ----------
     model : Model, optional
-        Taken from the context otherwise. Its priors must be proper, and its data simulable.
+        Defaults to the model of the context. Its priors must be proper, and it must be possible to
+        simulate its data.
     method : str, default "flow"
         As in ``pm.fit``: a family, a formula, ``"advi"`` or ``"fullrank_advi"``.
     n : int, default 100
-        Simulations.
+        Number of simulations.
     draws : int, default 500
-        Posterior draws that a value is ranked among.
-    var_names : str or list of str, optional
-        Variables to rank; all free ones by default.
+        Number of posterior draws among which a true value is ranked.
+    var_names : str or sequence of str, optional
+        Variables to rank. Defaults to all free variables.
     random_seed : int, optional
-        Of everything.
+        Seed of the simulations, the fits and the draws.
     path : path-like, optional
-        File of finished simulations, a line of JSON each. A later call of the same model, method and
-        seed goes on where an interrupted one stopped.
+        File for finished simulations, in lines of JSON. If a call was interrupted, a later call
+        with the same model, method and seed continues with the remaining simulations.
     processes : int, default 1
-        Simulations at a time, each in a process of its own.
+        Number of simulations that run at the same time, each in its own process.
     progressbar : bool, default True
-        Show how many are done.
+        Show how many simulations are finished.
     fit_kwargs : dict, optional
         Further arguments of ``pm.fit``.
 
     Returns
     -------
     Calibration
-        ``.summary`` has the tests, ``.plot()`` the picture.
+        ``.summary`` has the tests, and ``.plot()`` makes a plot.
 
     Raises
     ------
     ValueError
-        If a number is below 1; the model has potentials or minibatches, or no data; ``path`` is of
-        another calibration; or every fit failed.
+        If a number is below 1; the model has potentials or minibatches, or no data; a name in
+        ``var_names`` is unknown; ``path`` is given without ``random_seed``, or belongs to another
+        calibration; or every fit failed.
+
+    Examples
+    --------
+    A tiny run; a real one needs at least a hundred simulations:
+
+    >>> with pm.Model() as model:
+    ...     x = pm.Normal("x")
+    ...     y = pm.Normal("y", x, observed=[0.5])
+    >>> found = calibrate(
+    ...     model, method="scale-loc", n=2, draws=50, random_seed=1, progressbar=False,
+    ...     fit_kwargs={"n": 0},
+    ... )
+    >>> found.ranks.shape, list(found.summary)
+    ((2, 1), ['uniform', 'symmetric', 'bias', 'spread'])
     """
     for name, number in (("n", n), ("draws", draws), ("processes", processes)):
         if number < 1:
@@ -140,39 +188,37 @@ def calibrate(
     model = pm.modelcontext(model)
     _check_simulable(model)
     if path is not None and random_seed is None:
-        raise ValueError("random_seed must be given with path, or no later call could go on")
-    seed = np.random.SeedSequence(random_seed)
-    prior_seed, *seeds = (int(s.generate_state(1)[0] >> 2) for s in seed.spawn(n + 1))
-    fit_kwargs = dict(fit_kwargs or {})
+        raise ValueError("random_seed must be given with path, so that a later call can continue")
     names = [rv.name for rv in model.free_RVs]
     if var_names is not None:
         chosen = [var_names] if isinstance(var_names, str) else list(var_names)
-        if unknown := [name for name in chosen if name not in names]:
-            raise ValueError(f"unknown {unknown[0]!r} in var_names. Free variables: {names}")
+        check_known("var_names", chosen, names)
         names = chosen
+    seed = np.random.SeedSequence(random_seed)
+    prior_seed, *seeds = (int(s.generate_state(1)[0] >> 2) for s in seed.spawn(n + 1))
     simulated = pm.sample_prior_predictive(n, model=model, random_seed=prior_seed)
-    said = {"method": method, "draws": draws, "names": names, "fit_kwargs": repr(fit_kwargs)}
-    said |= {"seed": random_seed, "data": _digest(simulated, model)}
-    done = _finished(path, said)
-    tasks = [(i, seeds[i]) for i in range(n) if i not in done]
-    work = cloudpickle.dumps((model, simulated, names, method, draws, fit_kwargs))
+    work = _Simulations(model, simulated, names, method, draws, dict(fit_kwargs or {}))
+    rows = _finished(path, _header(work, random_seed))
+    tasks = [(i, seeds[i]) for i in range(n) if i not in rows]
     with CustomProgress(*Progress.get_default_columns(), disable=not progressbar) as progress:
-        bar = progress.add_task(f"Calibrating {method}", total=n, completed=len(done))
-        for row in _results(work, tasks, processes):
-            done[row["i"]] = row
+        bar = progress.add_task(f"Calibrating {method}", total=n, completed=len(rows))
+        for row in _run(cloudpickle.dumps(work), tasks, processes):
+            rows[row["i"]] = row
             if path is not None:
                 with Path(path).open("a") as file:
                     file.write(json.dumps(row) + "\n")
             progress.advance(bar)
-    return _summed_up([done[i] for i in range(n)])
+    return _summarise([rows[i] for i in range(n)])
 
 
-def _check_simulable(model) -> None:
+def _check_simulable(model: pm.Model) -> None:
     if not model.observed_RVs:
         raise ValueError("the model must have observed variables to simulate, got none")
     if model.potentials:
         names = [potential.name for potential in model.potentials]
-        raise ValueError(f"the model must have no potentials, which nothing simulates, got {names}")
+        raise ValueError(
+            f"the model must have no potentials, which cannot be simulated, got {names}"
+        )
     for rv in model.observed_RVs:
         if is_of_minibatch(rv, model):
             raise ValueError(
@@ -180,8 +226,21 @@ def _check_simulable(model) -> None:
             )
 
 
-def _digest(simulated, model) -> str:
-    """What tells one set of simulations from another."""
+def _header(work: _Simulations, random_seed: int | None) -> str:
+    """First line of a file of simulations, which identifies the calibration."""
+    header = {
+        "method": work.method,
+        "draws": work.draws,
+        "names": work.names,
+        "fit_kwargs": repr(work.fit_kwargs),
+        "seed": random_seed,
+        "data": _digest(work.simulated, work.model),
+    }
+    return json.dumps(header)
+
+
+def _digest(simulated: DataTree, model: pm.Model) -> str:
+    """Hash of the simulated parameters and data."""
     digest = hashlib.sha256()
     for group, variables in (
         ("prior", model.free_RVs),
@@ -189,41 +248,43 @@ def _digest(simulated, model) -> str:
     ):
         for rv in variables:
             digest.update(rv.name.encode())
-            digest.update(np.ascontiguousarray(simulated[group][rv.name].values).tobytes())
+            digest.update(np.ascontiguousarray(simulated[group].to_dataset()[rv.name]).tobytes())
     return digest.hexdigest()
 
 
-def _finished(path, said) -> dict[int, dict[str, Any]]:
-    """Rows that an earlier call left in a file; a new file gets its first line."""
+def _finished(path: str | os.PathLike[str] | None, header: str) -> dict[int, dict[str, Any]]:
+    """Read the rows that an earlier call wrote to a file; start the file if there is none."""
     if path is None:
         return {}
     path = Path(path)
     if not path.exists():
-        path.write_text(json.dumps(said) + "\n")
+        path.write_text(header + "\n")
         return {}
     first, *lines = path.read_text().split("\n")
-    if first != json.dumps(said):
+    if first != header:
         raise ValueError(
-            f"{path} must be of this model, method and seed, and is of another calibration"
+            f"path must be a file of the same model, method and seed, got {path} of another "
+            "calibration"
         )
-    # what follows the last whole line was cut off by an interruption
+    # an interruption may have cut off the last line
     whole = lines[:-1]
     path.write_text("\n".join([first, *whole, ""]))
     return {row["i"]: row for row in map(json.loads, whole)}
 
 
-def _results(work: bytes, tasks, processes: int) -> Iterator[dict[str, Any]]:
+def _run(work: bytes, tasks: list[tuple[int, int]], processes: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each task (number and seed of a simulation), as it finishes."""
     if processes == 1:
-        context = cloudpickle.loads(work)
+        simulations = cloudpickle.loads(work)
         for task in tasks:
-            yield _simulation(context, *task)
+            yield _rank(simulations, *task)
         return
-    # a forked JAX hangs
+    # JAX may deadlock in a forked process
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         processes, mp_context=spawn, initializer=_receive, initargs=(work,)
     ) as pool:
-        futures = [pool.submit(_simulation_there, *task) for task in tasks]
+        futures = [pool.submit(_rank_in_process, *task) for task in tasks]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
@@ -231,49 +292,70 @@ def _results(work: bytes, tasks, processes: int) -> Iterator[dict[str, Any]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_received: list[Any] = []
+# The simulations that a worker process was given when it started.
+_received: list[_Simulations] = []
 
 
 def _receive(work: bytes) -> None:
     _received[:] = [cloudpickle.loads(work)]
 
 
-def _simulation_there(i: int, seed: int) -> dict[str, Any]:
-    return _simulation(_received[0], i, seed)
+def _rank_in_process(i: int, seed: int) -> dict[str, Any]:
+    return _rank(_received[0], i, seed)
 
 
-def _simulation(context, i: int, seed: int) -> dict[str, Any]:
-    """Fit one simulated data set; rank the values that it was made from."""
-    model, simulated, names, method, draws, fit_kwargs = context
+def _rank(work: _Simulations, i: int, seed: int) -> dict[str, Any]:
+    """Fit one simulated data set, and rank the true values."""
     data = {
-        rv.name: simulated["prior_predictive"][rv.name].values[0, i] for rv in model.observed_RVs
+        rv.name: work.simulated["prior_predictive"].to_dataset()[rv.name].to_numpy()[0, i]
+        for rv in work.model.observed_RVs
     }
-    fitted = _with_data(model, data)
     try:
-        with fitted, warnings.catch_warnings():
+        with _with_data(work.model, data), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kwargs = {"progressbar": False, "random_seed": seed, **fit_kwargs}
-            approx = with_density(fit_model(method=method, **kwargs))
-            drawn = approx.sample(draws, random_seed=seed)
+            kwargs = {"progressbar": False, "random_seed": seed, **work.fit_kwargs}
+            approx = with_density(_fit(work.method, **kwargs))
+            drawn = approx.sample(work.draws, random_seed=seed)
     except (FloatingPointError, ValueError) as error:
         return {"i": i, "failed": f"{type(error).__name__}: {error}"}
-    true = simulated["prior"].to_dataset()[names].isel(draw=[i] * 4)
-    known = DataTree.from_dict({"posterior": true})
-    scalars = Scalars.of({"fit": drawn, "true": known}, None, names, draws, None)
+    # Scalars needs more than one draw; all are the true value
+    true = work.simulated["prior"].to_dataset()[work.names].isel(draw=[i] * MIN_DRAWS)
+    results = {"fit": drawn, "true": DataTree.from_dict({"posterior": true})}
+    scalars = Scalars.of(results, var_names=work.names)
     below = (scalars.draws["fit"] < scalars.draws["true"][:, :1]).sum(axis=1)
-    # uniform between the neighbours, so that ranks are not tied
-    ranks = (below + np.random.default_rng(seed).random(below.size)) / (draws + 1)
-    stats = drawn["sample_stats"]
-    log_weights = (stats["log_p"] - stats["log_q"]).to_numpy().ravel()
+    # a uniform draw between the two neighbours avoids ties
+    ranks = (below + np.random.default_rng(seed).random(below.size)) / (work.draws + 1)
+    stats = drawn["sample_stats"].to_dataset()
+    log_p, log_q = (stats[key].to_numpy().ravel() for key in ("log_p", "log_q"))
     return {
         "i": i,
         "ranks": dict(zip(scalars.labels, ranks.tolist(), strict=True)),
-        "khat": smooth(log_weights).khat,
+        "khat": khat(log_weights(log_p, log_q)),
     }
 
 
+def _fit(
+    method: str,
+    *,
+    n: int | None = None,
+    random_seed: int,
+    start: Any = None,
+    inf_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Fit the model of the context by a method of PyMC or of this package."""
+    if method in ADVI_METHODS:
+        if n is not None:
+            kwargs["n"] = n
+        return pm.fit(
+            method=method, random_seed=random_seed, start=start, inf_kwargs=inf_kwargs, **kwargs
+        )
+    inference = NFVI(method, random_seed=random_seed, start=start, **inf_kwargs or {})
+    return inference.fit(n, **kwargs)
+
+
 def _with_data(model: pm.Model, data: Mapping[str, np.ndarray]) -> pm.Model:
-    """Copy a model, with other values of its observed variables."""
+    """Copy a model and replace the values of its observed variables."""
     copy = clone_model(model)
     for rv in copy.observed_RVs:
         old = copy.rvs_to_values[rv]
@@ -284,20 +366,20 @@ def _with_data(model: pm.Model, data: Mapping[str, np.ndarray]) -> pm.Model:
     return copy
 
 
-def _summed_up(rows) -> Calibration:
+def _summarise(rows: list[dict[str, Any]]) -> Calibration:
     from scipy import stats  # slow to import
 
     failures = {row["i"]: row["failed"] for row in rows if "failed" in row}
-    made = [row for row in rows if "failed" not in row]
-    if not made:
-        raise ValueError(f"every fit failed; the first: {failures[min(failures)]}")
+    ranked = [row for row in rows if "failed" not in row]
     if failures:
+        first = failures[min(failures)]
+        if not ranked:
+            raise ValueError(f"every fit failed; the first error: {first}")
         warn_user(
-            f"{len(failures)} of {len(rows)} fits failed and are left out; the first: "
-            f"{failures[min(failures)]}",
+            f"{len(failures)} of {len(rows)} fits failed and are left out; the first error: {first}"
         )
-    index = pd.Index([row["i"] for row in made], name="simulation")
-    ranks = pd.DataFrame([row["ranks"] for row in made], index=index)
+    index = pd.Index([row["i"] for row in ranked], name="simulation")
+    ranks = pd.DataFrame([row["ranks"] for row in ranked], index=index)
     columns = {
         "uniform": [stats.kstest(ranks[label], "uniform").pvalue for label in ranks],
         "symmetric": [stats.ks_2samp(ranks[label], 1 - ranks[label]).pvalue for label in ranks],
@@ -305,5 +387,5 @@ def _summed_up(rows) -> Calibration:
         "spread": ((ranks - 0.5) ** 2).mean() * 12,
     }
     summary = pd.DataFrame(columns, index=pd.Index(ranks.columns, name="parameter"))
-    khat = pd.Series([row["khat"] for row in made], index=index, name="khat")
-    return Calibration(ranks, summary.sort_values("uniform"), khat, failures)
+    khats = pd.Series([row["khat"] for row in ranked], index=index, name="khat")
+    return Calibration(ranks, summary.sort_values("uniform"), khats, failures)

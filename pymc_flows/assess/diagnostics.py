@@ -1,4 +1,4 @@
-"""How far to trust a fit: what importance weights, and the fit's own record, say of it."""
+"""Diagnose a fit by its importance weights and by the record of the fit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,112 +16,128 @@ import xarray as xr
 from pymc.variational.opvi import Approximation
 from xarray import DataTree
 
-from pymc_flows.assess.compare import Scalars
+from pymc_flows.assess.scalars import Scalars
+from pymc_flows.assess.verdict import Measurements, judge, stated_error
 from pymc_flows.posterior.approximation import AUXILIARY_DENSITY, with_density
 from pymc_flows.statistics import importance
 from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.distances import transport
 from pymc_flows.statistics.importance import khat, khat_threshold, smooth
 
-RELIABLE, CORRECTABLE, UNRELIABLE = "reliable", "reliable after correction", "unreliable"
 
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(Measurements):
+    """The result of :func:`diagnose`: a verdict on a fit, and the numbers that it rests on.
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """How far to trust a fit; made by :func:`diagnose`.
+    It prints as a report, also in notebooks. Errors and other estimates are for the constrained
+    space; ``sd`` means the standard deviation of the draws.
 
     Attributes
     ----------
     verdict : str
-        ``"reliable"``: use the draws as they are; ``"reliable after correction"``: importance
-        weights would move them, and can be trusted to; ``"unreliable"``.
+        ``"reliable"``: the draws can be used as they are. ``"reliable after correction"``: the
+        importance weights can be trusted, and they would change the draws. ``"unreliable"``: the
+        fit should not be used.
     reasons : list of str
-        Why that verdict.
+        The reasons for the verdict.
     advice : list of str
-        What to do next.
+        Suggestions for the next step.
     n_draws : int
-        Draws that all this is estimated from.
+        Number of draws behind all estimates.
     khat, khat_threshold : float
-        Tail index of the importance weights (Vehtari et al. 2024), and what so many draws allow.
+        Tail index of the importance weights (Vehtari et al. 2024, arXiv:1507.02646), and the
+        largest value at which this number of draws suffices.
     elbo, elbo_se : float
         Evidence lower bound and its standard error, in nats.
     log_evidence, log_evidence_se : float
-        Log marginal likelihood by importance sampling, and its standard error, in nats. Without
-        meaning where ``khat`` is above its threshold.
+        Log marginal likelihood by importance sampling, and its standard error, in nats. Both are
+        meaningless if ``khat`` is above its threshold.
     ess : float
-        Effective number of draws that the weights leave; ``ess_fraction`` its share of the draws.
+        Effective sample size of the weighted draws. The property ``ess_fraction`` is its share of
+        the draws.
     largest_weight : float
-        Share of the heaviest draw.
+        The largest weight, when all weights sum to one.
     errors : DataFrame
-        For each scalar parameter, on its own scale, what the weights would change: ``mean_shift``
-        in posterior sd and ``sd_change`` relative, each with its standard error; ``w1``, the
-        Wasserstein-1 distance from the draws to the same draws weighed, in posterior sd, which is
-        by how much quantiles move on average; and ``khat_mean`` and ``khat_variance``, tail
-        indices of the weights times distance and squared distance from the mean.
+        For each scalar parameter, the change that the weights would make:
+
+        - ``mean_shift``, ``mean_shift_se``: change of the mean in sd, and its standard error.
+        - ``sd_change``, ``sd_change_se``: relative change of the sd, and its standard error.
+        - ``w1``: Wasserstein-1 distance between the draws and the weighted draws, in sd. It is the
+          average distance by which quantiles would move.
+        - ``khat_mean``, ``khat_variance``: tail indices of the weights times the distance, and
+          times the squared distance, from the mean.
     mean_error, sd_error : float
-        Scale of the error to expect: the largest of these over parameters, with two standard
-        errors of its estimate; in posterior sd, and relative.
+        The errors to expect: the largest ``mean_shift`` in sd, and the largest relative
+        ``sd_change``, each with two standard errors added.
     quantile_error : float
-        The largest ``w1`` over parameters, in posterior sd: a shape that a mean and an sd do not
-        tell, such as two modes in place of one, shows here.
+        The largest ``w1`` over parameters, in sd. It also shows errors of shape that leave mean
+        and sd unchanged, such as one mode in place of two.
     invalid_draws : int
-        Draws at which the model has no finite density.
+        Number of draws at which the model has no finite density.
     stopped : str
-        How the fit ended; empty where that was not recorded.
+        Why the fit ended; empty if that was not recorded.
     nonfinite_steps : int
-        Steps of the fit that were skipped.
+        Number of steps that the fit skipped because they were not finite.
     restarts_agree : bool or None
-        Whether ``n_restarts`` fits agreed; None where there was one.
+        Whether the fits of ``n_restarts`` agreed; None if there was only one fit.
     modes_missed : int
-        Modes that the search for a start found and the fit leaves out.
+        Number of modes that the search for a start found and the fit misses.
     draws : DataTree
-        What all this is estimated from, as :meth:`FlowApproximation.sample` returns it.
+        The draws behind all estimates, as :meth:`FlowApproximation.sample` returns them.
     auxiliary : bool
-        Whether ``log_q`` is of draws with auxiliary variables (mnf): the weights are then those of
-        both together. Where they are even, so are the draws' own; where not, the draws' own may be.
+        Whether ``log_q`` is the joint density of draws and auxiliary variables (mnf). The weights
+        are then joint weights: if they are even, so are those of the draws alone, but if they
+        are uneven, those of the draws alone may still be even.
+
+    Examples
+    --------
+    Draws from a normal distribution whose standard deviation is 20% too large:
+
+    >>> z = 1.2 * np.random.default_rng(1).normal(size=(1, 4000))
+    >>> densities = {"log_p": -(z**2) / 2, "log_q": -((z / 1.2) ** 2) / 2 - np.log(1.2)}
+    >>> draws = DataTree.from_dict({
+    ...     "posterior": xr.Dataset({"x": (("chain", "draw"), z)}),
+    ...     "sample_stats": xr.Dataset({k: (("chain", "draw"), v) for k, v in densities.items()}),
+    ... })
+    >>> found = diagnose(draws)
+    >>> found.verdict
+    'reliable after correction'
+    >>> print(found)  # doctest: +ELLIPSIS
+    Verdict: reliable after correction
+    <BLANKLINE>
+      k-hat               -1.75, at most 0.70
+      effective draws     3,806 (95% of 4,000); largest weight 0.03%
+      ELBO                -0.04 ± 0.01 nats
+      log evidence        -0.00 ± 0.00 nats
+      error of means      up to 0.014 posterior sd (x)
+      error of sds        up to 19% (x)
+      error of quantiles  up to 0.13 posterior sd (x)
+      fit stopped         not recorded
+    <BLANKLINE>
+    Why: the weights can be trusted, and they would move means by up to 0.014 sd (x) and sds by ...
+    Why: the weights can be trusted, and they would move the quantiles of x by 0.13 sd on average.
+    Next: use importance_resample.
+    >>> list(found.to_datatree().children)
+    ['posterior', 'sample_stats', 'diagnosis']
     """
 
     verdict: str
     reasons: list[str]
     advice: list[str]
-    n_draws: int
-    khat: float
-    khat_threshold: float
-    elbo: float
-    elbo_se: float
-    log_evidence: float
-    log_evidence_se: float
-    ess: float
-    largest_weight: float
-    errors: pd.DataFrame = field(repr=False)
-    mean_error: float
-    sd_error: float
-    quantile_error: float
-    invalid_draws: int
-    stopped: str
-    nonfinite_steps: int
-    restarts_agree: bool | None
-    modes_missed: int
-    draws: DataTree = field(repr=False)
-    auxiliary: bool = False
-
-    @property
-    def ess_fraction(self) -> float:
-        """Effective share of the draws."""
-        return self.ess / self.n_draws
 
     def to_datatree(self) -> DataTree:
-        """Keep the record: the draws with ``log_weight`` beside ``log_p`` and ``log_q``, and ``diagnosis``.
+        """Store the diagnosis beside the draws.
 
         Returns
         -------
         DataTree
-            What ``az.loo_approximate_posterior`` reads once it has a log likelihood, and a group
-            ``diagnosis`` with the errors by ``parameter`` and all else as attributes.
+            The draws, with ``log_weight`` in ``sample_stats`` and a group ``diagnosis``, which has
+            the errors by ``parameter`` and everything else as attributes. With a log likelihood
+            added, ``az.loo_approximate_posterior`` reads it.
         """
         tree = self.draws.copy()
         stats = tree["sample_stats"].to_dataset()
-        stats["log_weight"] = stats["log_p"] - stats["log_q"]
+        stats["log_weight"] = xr.apply_ufunc(importance.log_weights, stats["log_p"], stats["log_q"])
         tree["sample_stats"] = DataTree(stats)
         errors = xr.Dataset.from_dataframe(self.errors.rename_axis("parameter"))
         for one in dataclasses.fields(self):
@@ -132,12 +148,13 @@ class Diagnosis:
         tree["diagnosis"] = DataTree(errors)
         return tree
 
-    def _rows(self):
-        """What is told, as name and value."""
-        worst = self.errors
-        in_mean, in_sd = _largest(worst, "mean_shift"), _largest(worst, "sd_change")
-        fits = "at most" if self.khat <= self.khat_threshold else "above"
-        yield "k-hat", f"{self.khat:.2f}, {fits} {self.khat_threshold:.2f}"
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """Rows of the report: a name and a value."""
+        in_mean, in_sd = (
+            stated_error(self.errors, column).idxmax() for column in ("mean_shift", "sd_change")
+        )
+        relation = "at most" if self.khat <= self.khat_threshold else "above"
+        yield "k-hat", f"{self.khat:.2f}, {relation} {self.khat_threshold:.2f}"
         share = f"{self.ess_fraction:.0%} of {self.n_draws:,}"
         yield (
             "effective draws",
@@ -147,16 +164,16 @@ class Diagnosis:
         yield "log evidence", f"{self.log_evidence:.2f} ± {self.log_evidence_se:.2f} nats"
         yield "error of means", f"up to {self.mean_error:.2g} posterior sd ({in_mean})"
         yield "error of sds", f"up to {self.sd_error:.0%} ({in_sd})"
-        in_shape = worst["w1"].idxmax()
+        in_shape = self.errors["w1"].idxmax()
         yield "error of quantiles", f"up to {self.quantile_error:.2g} posterior sd ({in_shape})"
-        yield "the fit ended", self.stopped or "not recorded"
+        yield "fit stopped", self.stopped or "not recorded"
         if self.nonfinite_steps or self.invalid_draws:
-            skipped = f"{self.nonfinite_steps} steps skipped"
+            skipped = f"{self.nonfinite_steps} skipped steps"
             yield "not finite", f"{skipped}; {self.invalid_draws} of {self.n_draws:,} draws"
         if self.restarts_agree is not None:
             yield "restarts", "agree" if self.restarts_agree else "disagree"
         if self.modes_missed:
-            yield "modes left out", str(self.modes_missed)
+            yield "missed modes", str(self.modes_missed)
 
     def __str__(self) -> str:
         """Write the report for a terminal."""
@@ -174,8 +191,8 @@ class Diagnosis:
             f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
             for name, value in self._rows()
         )
-        said = [*(f"Why: {r}." for r in self.reasons), *(f"Next: {a}." for a in self.advice)]
-        items = "".join(f"<li>{html.escape(one)}</li>" for one in said)
+        sentences = [*(f"Why: {r}." for r in self.reasons), *(f"Next: {a}." for a in self.advice)]
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
         return f"<b>Verdict: {self.verdict}</b><table>{rows}</table><ul>{items}</ul>"
 
 
@@ -186,19 +203,19 @@ def diagnose(
     var_names: str | Sequence[str] | None = None,
     random_seed: int | None = None,
 ) -> Diagnosis:
-    """Say how far to trust a fit.
+    """Judge whether a fit can be trusted.
 
     Parameters
     ----------
     approx : Approximation or DataTree
-        A fit, ours or PyMC's (mean-field and full-rank ADVI); or draws with ``log_p`` and ``log_q``
-        in ``sample_stats``, as ``approx.sample`` returns them.
+        A fit, by this package or by PyMC (mean-field or full-rank ADVI), or draws with ``log_p``
+        and ``log_q`` in ``sample_stats``, as ``approx.sample`` returns them.
     draws : int, default 4000
-        Fresh draws to weigh, at least 100; of a DataTree all are taken.
+        Number of fresh draws from a fit, at least 100. Of a DataTree, all draws are used.
     var_names : str or sequence of str, optional
-        Variables whose errors are estimated; all in the posterior by default.
+        Variables whose errors are estimated. Defaults to all in the posterior.
     random_seed : int, optional
-        Of the draws.
+        Seed of the draws.
 
     Returns
     -------
@@ -207,178 +224,149 @@ def diagnose(
 
     Raises
     ------
-    TypeError, ValueError
-        If ``approx`` is neither, has no densities, or there are too few draws.
+    TypeError
+        If ``approx`` is neither a fit nor draws.
+    ValueError
+        If the draws have no densities, there are too few of them, or a name in ``var_names`` is
+        unknown.
 
     Notes
     -----
-    The weights of draws from the fit say how the posterior differs from it where the fit has mass. What
-    they can't tell is mass where the fit has none: a mode that no draw comes near. The search
-    for a start and ``n_restarts`` look for these; where they found some, the verdict says so.
+    Importance weights compare the posterior with the fit where the fit has mass. They cannot see
+    modes that the fit misses entirely. The search for a start and ``n_restarts`` look for such
+    modes, and the verdict reports those that they found.
+
+    Examples
+    --------
+    >>> z = np.random.default_rng(1).normal(size=(1, 1000))
+    >>> draws = DataTree.from_dict({
+    ...     "posterior": xr.Dataset({"x": (("chain", "draw"), z)}),
+    ...     "sample_stats": xr.Dataset({k: (("chain", "draw"), z) for k in ("log_p", "log_q")}),
+    ... })
+    >>> found = diagnose(draws)
+    >>> found.verdict, found.khat, round(found.ess)
+    ('reliable', 0.0, 1000)
     """
     if isinstance(approx, DataTree):
-        result, record = approx, {}
-    else:
-        if draws < THRESHOLDS.effective_draws:
-            raise ValueError(f"draws must be at least {THRESHOLDS.effective_draws}, got {draws}")
-        approx = with_density(approx)
-        result, record = approx.sample(draws, random_seed=random_seed), approx.fit_stats
-    return diagnose_draws(result, record, var_names)
+        return diagnose_draws(approx, {}, var_names)
+    if draws < THRESHOLDS.effective_draws:
+        raise ValueError(f"draws must be at least {THRESHOLDS.effective_draws}, got {draws}")
+    approx = with_density(approx)
+    result = approx.sample(draws, random_seed=random_seed)
+    return diagnose_draws(result, approx.fit_stats, var_names)
 
 
 def diagnose_draws(
     result: DataTree, record: Mapping[str, Any], var_names: str | Sequence[str] | None = None
 ) -> Diagnosis:
-    """As :func:`diagnose`, of draws and a fit's ``fit_stats``."""
-    log_p, log_q = (_stat(result, name) for name in ("log_p", "log_q"))
-    log_weights = importance.log_weights(log_p, log_q)
+    """Diagnose draws with the record of the fit that they come from.
+
+    Parameters
+    ----------
+    result : DataTree
+        Draws with ``log_p`` and ``log_q`` in ``sample_stats``, at least 100.
+    record : mapping
+        The ``fit_stats`` of the fit, or an empty mapping.
+    var_names : str or sequence of str, optional
+        As in :func:`diagnose`.
+
+    Examples
+    --------
+    >>> z = np.random.default_rng(1).normal(size=(1, 1000))
+    >>> draws = DataTree.from_dict({
+    ...     "posterior": xr.Dataset({"x": (("chain", "draw"), z)}),
+    ...     "sample_stats": xr.Dataset({k: (("chain", "draw"), z) for k in ("log_p", "log_q")}),
+    ... })
+    >>> diagnose_draws(draws, {"restarts_agree": False}).reasons
+    ['fits from different starts disagree']
+    """
+    log_weights = importance.log_weights(_density(result, "log_p"), _density(result, "log_q"))
     n_draws = log_weights.size
     if n_draws < THRESHOLDS.effective_draws:
         raise ValueError(
             f"approx must have at least {THRESHOLDS.effective_draws} draws, got {n_draws}"
         )
     valid = np.isfinite(log_weights)
-    weighed = smooth(log_weights)
-    errors = _errors(result, log_weights, weighed.weights, var_names)
+    smoothed = smooth(log_weights)
+    errors = _errors(result, log_weights, smoothed.weights, var_names)
+    elbo_se = float(log_weights[valid].std() / math.sqrt(n_draws)) if valid.any() else math.nan
     numbers: dict[str, Any] = {
         "n_draws": n_draws,
-        "khat": weighed.khat,
+        "khat": smoothed.khat,
         "khat_threshold": khat_threshold(n_draws),
-        # a draw of no density makes the bound minus infinity
+        # one draw without a finite density makes the ELBO minus infinity
         "elbo": float(log_weights.mean()),
-        "elbo_se": float(log_weights[valid].std() / math.sqrt(n_draws))
-        if valid.any()
-        else math.nan,
-        "log_evidence": weighed.log_evidence,
-        "log_evidence_se": weighed.log_evidence_se,
-        "ess": weighed.ess,
-        "largest_weight": float(weighed.weights.max()),
-        "mean_error": _stated(errors, "mean_shift"),
-        "sd_error": _stated(errors, "sd_change"),
+        "elbo_se": elbo_se,
+        "log_evidence": smoothed.log_evidence,
+        "log_evidence_se": smoothed.log_evidence_se,
+        "ess": smoothed.ess,
+        "largest_weight": float(smoothed.weights.max()),
+        "errors": errors,
+        "mean_error": float(stated_error(errors, "mean_shift").max()),
+        "sd_error": float(stated_error(errors, "sd_change").max()),
         "quantile_error": float(errors["w1"].max()),
         "invalid_draws": int(n_draws - valid.sum()),
         "stopped": record.get("stopped", ""),
         "nonfinite_steps": record.get("nonfinite_steps", 0),
         "restarts_agree": record.get("restarts_agree"),
         "modes_missed": record.get("modes_missed", 0),
+        "draws": result,
         "auxiliary": result["sample_stats"]["log_q"].attrs.get("density") == AUXILIARY_DENSITY,
     }
-    verdict, reasons, advice = _verdict(numbers, errors)
-    return Diagnosis(verdict, reasons, advice, errors=errors, draws=result, **numbers)
+    verdict, reasons, advice = judge(Measurements(**numbers))
+    return Diagnosis(verdict=verdict, reasons=reasons, advice=advice, **numbers)
 
 
-def _stat(result, name):
-    stats = result["sample_stats"] if "sample_stats" in result.children else {}
-    if name not in stats:
+def _density(result: DataTree, name: str) -> np.ndarray:
+    """Read a log density (draws,), in nats."""
+    stats = result.children.get("sample_stats")
+    if stats is None or name not in stats:
         raise ValueError(
-            f"sample_stats must have log_p and log_q, as approx.sample leaves them; {name} is missing"
+            "sample_stats must have log_p and log_q, as approx.sample returns them; "
+            f"{name} is missing"
         )
     return np.asarray(stats[name], dtype=float).ravel()
 
 
-def _errors(result, log_weights, weights, var_names) -> pd.DataFrame:
-    """What weights (draws,) would change in each scalar parameter."""
-    drawn = Scalars.of({"fit": result}, None, var_names, 0, None)
-    x = drawn.draws["fit"]
+def _errors(
+    result: DataTree,
+    log_weights: np.ndarray,
+    weights: np.ndarray,
+    var_names: str | Sequence[str] | None,
+) -> pd.DataFrame:
+    """Estimate the change that smoothed weights (draws,) would make in each scalar parameter."""
+    scalars = Scalars.of({"fit": result}, var_names=var_names)
+    x = scalars.draws["fit"]
+    constant = ~scalars.varies("fit")[:, None]
     sd = x.std(axis=1, keepdims=True)
-    constant = sd <= 8 * drawn.precision["fit"][:, None] * np.abs(x).max(axis=1, keepdims=True)
     z = np.where(constant, 0.0, (x - x.mean(axis=1, keepdims=True)) / np.where(constant, 1.0, sd))
-    difference = weights - 1 / weights.size
-    shift = z @ difference
+    surplus = weights - 1 / weights.size
+    shift = z @ surplus
     centred = z - shift[:, None]
     variance = np.where(constant[:, 0], 1.0, centred**2 @ weights)[:, None]
-    # relative error of an sd: half that of its variance, of which one draw alone says nothing
+    # The relative error of an sd is half that of its variance. If one draw has all the weight, the
+    # variance is zero and its error is unknown.
     known = ~constant & (variance > 0)
     influence = np.divide(centred**2, 2 * variance, out=np.full_like(z, np.inf), where=known) - 0.5
     influence = np.where(constant, 0.0, influence)
     with np.errstate(over="ignore"):
-        sd_change_se = np.sqrt(influence**2 @ difference**2)
+        sd_change_se = np.sqrt(influence**2 @ surplus**2)
     tails = np.array([[_tail(log_weights, row), _tail(log_weights, row**2)] for row in z])
     return pd.DataFrame(
         {
             "mean_shift": shift,
-            "mean_shift_se": np.sqrt(z**2 @ difference**2),
+            "mean_shift_se": np.sqrt(z**2 @ surplus**2),
             "sd_change": np.sqrt(variance[:, 0]) - 1,
             "sd_change_se": sd_change_se,
-            "w1": transport(z, difference),
+            "w1": transport(z, surplus),
             "khat_mean": tails[:, 0],
             "khat_variance": tails[:, 1],
         },
-        index=pd.Index(drawn.labels, name="parameter"),
+        index=pd.Index(scalars.labels, name="parameter"),
     )
 
 
-def _tail(log_weights, distance):
+def _tail(log_weights: np.ndarray, distance: np.ndarray) -> float:
+    """Tail index of the weights times a distance (draws,)."""
     with np.errstate(divide="ignore"):
         return khat(log_weights + np.log(np.abs(distance)))
-
-
-def _stated(errors, column):
-    """The largest error, with what its estimate may be off by."""
-    return float((errors[column].abs() + THRESHOLDS.standard_errors * errors[f"{column}_se"]).max())
-
-
-def _largest(errors, column):
-    return (errors[column].abs() + THRESHOLDS.standard_errors * errors[f"{column}_se"]).idxmax()
-
-
-def _verdict(numbers, errors) -> tuple[str, list[str], list[str]]:
-    """The verdict, its reasons, and what to do next."""
-    reasons, advice = [], []
-    if numbers["modes_missed"]:
-        n_missed = numbers["modes_missed"]
-        missed = f"{n_missed} mode" if n_missed == 1 else f"{n_missed} modes"
-        reasons.append(f"the fit leaves out {missed} that the search found")
-        advice.append("fit with base='mixture', or n_restarts=4, or annealing=2000, or use NUTS")
-    if numbers["restarts_agree"] is False:
-        reasons.append("fits from other starts ended elsewhere")
-        advice.append('see fit_stats["restarts"]: there may be several modes')
-    if numbers["invalid_draws"] > THRESHOLDS.invalid_share * numbers["n_draws"]:
-        reasons.append(
-            f"{numbers['invalid_draws']} of {numbers['n_draws']} draws are where the model has no density"
-        )
-        advice.append("check the model's bounds")
-    trusted = numbers["khat"] <= numbers["khat_threshold"]
-    if not trusted and numbers["auxiliary"]:
-        reasons.append(
-            f"k-hat {numbers['khat']:.2f} is above {numbers['khat_threshold']:.2f}; these are weights of the "
-            "multipliers too, uneven where the fit of the matrices is wrong and where only the auxiliary is, "
-            "and do not tell which"
-        )
-        advice.append(
-            "compare predictions on data held out, or with NUTS on a small model; more n_statistics or "
-            "n_auxiliary_layers may make the weights more even"
-        )
-    elif not trusted:
-        reasons.append(
-            f"k-hat {numbers['khat']:.2f} is above {numbers['khat_threshold']:.2f}: the posterior has "
-            "more mass than the fit where its draws are rare, and no weights make up for that"
-        )
-        advice.append("try a larger flow or another family, or sample_neutra, or NUTS")
-    elif numbers["ess"] < THRESHOLDS.effective_draws:
-        reasons.append(f"the weights leave {numbers['ess']:.0f} effective draws")
-        advice.append("weigh more draws, or try a larger flow")
-    if reasons:
-        return UNRELIABLE, reasons, advice
-    if (
-        numbers["mean_error"] > THRESHOLDS.reliable_mean_error
-        or numbers["sd_error"] > THRESHOLDS.reliable_sd_error
-    ):
-        in_mean, in_sd = _largest(errors, "mean_shift"), _largest(errors, "sd_change")
-        reasons.append(
-            f"the weights, which can be trusted, would move means by up to {numbers['mean_error']:.2g} "
-            f"sd ({in_mean}) and sds by up to {numbers['sd_error']:.0%} ({in_sd})"
-        )
-    if numbers["quantile_error"] > THRESHOLDS.reliable_quantile_error:
-        reasons.append(
-            f"the weights, which can be trusted, would move the quantiles of {errors['w1'].idxmax()} by "
-            f"{numbers['quantile_error']:.2g} sd on average: its shape is another"
-        )
-    if reasons:
-        advice.append("take draws by importance_resample")
-        return CORRECTABLE, reasons, advice
-    reasons.append(
-        f"the weights can be trusted, and would move no mean by more than "
-        f"{numbers['mean_error']:.2g} sd and no sd by more than {numbers['sd_error']:.0%}"
-    )
-    return RELIABLE, reasons, advice
