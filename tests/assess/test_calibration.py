@@ -1,4 +1,4 @@
-"""Calibration: uniform ranks where fits are exact, and otherwise what is wrong with them."""
+"""Simulation-based calibration: ranks are uniform if fits are exact, and show how fits are wrong."""
 
 import json
 
@@ -6,9 +6,9 @@ import numpy as np
 import pymc as pm
 import pytest
 
-from pymc_flows import calibrate
-from pymc_flows.assess import calibration
+from pymc_flows import NFVI, calibrate
 
+# The first three tests take 8 to 25 s each: they fit 40 or 80 data sets.
 EXACT = {"n": 200, "obj_n_mc": 64}
 
 
@@ -19,6 +19,7 @@ def conjugate(sd=1.0):
     return model
 
 
+@pytest.mark.fit
 def test_ranks_of_exact_posteriors_are_uniform(python):
     found = calibrate(
         conjugate(),
@@ -40,8 +41,9 @@ def test_ranks_of_exact_posteriors_are_uniform(python):
     assert not found.failures
 
 
-def test_fits_that_are_too_narrow_are_told(python):
-    """With no step and no search, q is a standard normal at the prior's mean, whatever the data."""
+@pytest.mark.fit
+def test_summary_shows_fits_that_are_too_narrow(python):
+    """Without steps or initialisation, q is a standard normal at the prior's mean for all data."""
     found = calibrate(
         conjugate(), method="scale-loc", n=80, draws=100, random_seed=1, progressbar=False,
         fit_kwargs={"n": 0, "initialize": False},
@@ -51,7 +53,8 @@ def test_fits_that_are_too_narrow_are_told(python):
     assert (found.summary["symmetric"] > 1e-3).all()
 
 
-def test_fits_that_are_biased_are_told(python):
+@pytest.mark.fit
+def test_summary_shows_fits_that_are_biased(python):
     found = calibrate(
         conjugate(), method="scale-loc", n=40, draws=100, random_seed=1, progressbar=False,
         fit_kwargs={"n": 0, "initialize": False, "start": {"x": np.full(2, -5.0)}},
@@ -60,75 +63,90 @@ def test_fits_that_are_biased_are_told(python):
     assert (found.summary["symmetric"] < 1e-3).all()
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Simulations that were really fitted."""
-    made, simulate = [], calibration._simulation
-
-    def count(context, i, seed):
-        made.append(i)
-        return simulate(context, i, seed)
-
-    monkeypatch.setattr(calibration, "_simulation", count)
-    return made
-
-
 QUICK = {
     "method": "scale-loc", "n": 4, "draws": 50, "random_seed": 1, "progressbar": False,
     "fit_kwargs": {"n": 0, "initialize": False},
 }  # fmt: skip
 
 
-def test_an_interrupted_calibration_goes_on(tmp_path, counted, python):
+@pytest.mark.fit
+@pytest.mark.parametrize("method", ["advi", "fullrank_advi"])
+def test_methods_of_pymc_can_be_calibrated(method, python):
+    found = calibrate(conjugate(), **{**QUICK, "method": method, "n": 1, "fit_kwargs": {"n": 20}})
+    assert found.ranks.shape == (1, 2)
+    assert not found.failures
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """A list to which each fit of a flow adds an element."""
+    made, fit = [], NFVI.fit
+
+    def count(self, *args, **kwargs):
+        made.append(1)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(NFVI, "fit", count)
+    return made
+
+
+def test_an_interrupted_calibration_continues(tmp_path, fits, python):
     path = tmp_path / "ranks.jsonl"
     whole = calibrate(conjugate(), path=path, **QUICK)
-    assert counted == [0, 1, 2, 3]
+    assert len(fits) == 4
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], lines[3][:20]]))
     again = calibrate(conjugate(), path=path, **QUICK)
-    assert counted[4:] == [2, 3]
+    assert len(fits) == 6
     assert again.ranks.equals(whole.ranks)
-    assert [json.loads(line)["i"] for line in path.read_text().splitlines()[1:]] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="is of another calibration"):
+    # the finished simulations 0 and 1 are kept, and 2 and 3 are run again
+    assert path.read_text().splitlines() == lines
+    assert [json.loads(line)["i"] for line in lines[1:]] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="of another calibration"):
         calibrate(conjugate(sd=2.0), path=path, **QUICK)
     with pytest.raises(ValueError, match="random_seed must be given with path"):
         calibrate(conjugate(), path=path, **{**QUICK, "random_seed": None})
 
 
-def test_fits_that_fail_are_counted_and_left_out(monkeypatch, python):
-    fit, made = calibration.fit_model, []
+def failing(count):
+    """A fit that fails the first ``count`` times."""
+    made, fit = [], NFVI.fit
 
-    def fail_first(**kwargs):
+    def fail_first(self, *args, **kwargs):
         made.append(1)
-        if len(made) == 1:
+        if len(made) <= count:
             raise FloatingPointError("no luck")
-        return fit(**kwargs)
+        return fit(self, *args, **kwargs)
 
-    monkeypatch.setattr(calibration, "fit_model", fail_first)
+    return fail_first
+
+
+def test_failed_fits_are_counted_and_left_out(monkeypatch, python):
+    monkeypatch.setattr(NFVI, "fit", failing(1))
     with pytest.warns(
-        UserWarning, match="1 of 4 fits failed and are left out; the first: Floating"
+        UserWarning, match="1 of 4 fits failed and are left out; the first error: Floating"
     ):
         found = calibrate(conjugate(), **QUICK)
     assert list(found.ranks.index) == [1, 2, 3]
     assert found.failures == {0: "FloatingPointError: no luck"}
 
-    def fail_all(**kwargs):
-        raise FloatingPointError("no luck")
 
-    monkeypatch.setattr(calibration, "fit_model", fail_all)
+def test_calibration_without_a_fit_is_an_error(monkeypatch, python):
+    monkeypatch.setattr(NFVI, "fit", failing(4))
     with pytest.raises(
-        ValueError, match="every fit failed; the first: FloatingPointError: no luck"
+        ValueError, match="every fit failed; the first error: FloatingPointError: no luck"
     ):
         calibrate(conjugate(), **QUICK)
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_ranks():
+def test_two_processes_give_the_same_ranks_as_one():
+    """Takes 8 s: each process imports PyMC."""
     one, two = (calibrate(conjugate(), processes=k, **{**QUICK, "n": 2}) for k in (1, 2))
     assert np.allclose(one.ranks, two.ranks)
 
 
-def test_the_picture_has_a_panel_for_each_parameter(python):
+def test_plot_has_a_panel_for_each_parameter(python):
     found = calibrate(conjugate(), **QUICK)
     collection = found.plot(backend="none")
     assert set(collection.data.data_vars) == {"x[left]", "x[right]"}
@@ -156,14 +174,15 @@ def with_minibatch():
 @pytest.mark.parametrize(
     ("built", "options", "message"),
     [
-        (with_potential, {}, r"no potentials, which nothing simulates, got \['more'\]"),
+        (with_potential, {}, r"no potentials, which cannot be simulated, got \['more'\]"),
         (without_data, {}, "must have observed variables"),
         (with_minibatch, {}, "all its data at once, got a minibatch of 'y'"),
         (conjugate, {"n": 0}, "n must be at least 1, got 0"),
+        (conjugate, {"draws": 0}, "draws must be at least 1, got 0"),
         (conjugate, {"processes": 0}, "processes must be at least 1, got 0"),
         (conjugate, {"var_names": "z"}, "unknown 'z' in var_names"),
     ],
 )
-def test_what_cannot_be_calibrated_is_told(built, options, message):
+def test_errors_name_the_rule(built, options, message):
     with pytest.raises(ValueError, match=message):
         calibrate(built(), **options)

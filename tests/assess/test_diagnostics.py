@@ -92,7 +92,7 @@ def test_two_modes_under_one_hump_show_in_the_quantiles(python):
         (0.02, 1.03, 4000, "reliable", "no mean by more than"),
         (0.4, 1.3, 4000, "reliable after correction", "would move means by up to"),
         (0.0, 0.6, 4000, "unreliable", "k-hat"),
-        (0.4, 1.3, 150, "unreliable", "effective draws"),
+        (0.4, 1.3, 150, "unreliable", "effective sample size"),
     ],
 )
 def test_the_verdict_follows_from_the_weights(mean, sd, draws, verdict, reason, python):
@@ -107,8 +107,8 @@ def test_the_verdict_follows_from_the_weights(mean, sd, draws, verdict, reason, 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"modes_missed": 2}, "leaves out 2 modes"),
-        ({"restarts_agree": False}, "ended elsewhere"),
+        ({"modes_missed": 2}, "misses 2 modes"),
+        ({"restarts_agree": False}, "different starts disagree"),
         ({"restarts_agree": True}, "can be trusted"),
     ],
 )
@@ -126,7 +126,7 @@ def test_draws_without_density_are_counted_and_not_trusted(python):
     assert found.invalid_draws == 50
     assert found.elbo == -np.inf
     assert found.verdict == "unreliable"
-    assert "no density" in found.reasons[0]
+    assert "no finite density" in found.reasons[0]
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
