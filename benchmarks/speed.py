@@ -1,62 +1,42 @@
-"""What a step costs beside FlowJAX, and how long the first step takes from a cold start.
+"""The cost of a training step, beside FlowJAX or an older checkout, and of the first step.
 
-Eight schools, RealNVP with 8 couplings of 2 x 32 tanh units, 128 draws a step, float64; both
-libraries run the same sizes, ours with its full affine map on top, and by default with the
-sticking-the-landing gradient, whose cost beside the plain one the second row gives. Steps alternate between the
-two in blocks, so that the ratio holds on a noisy machine. Cold starts run in fresh processes, from
-the finished model to the end of the first step, imports excluded; numba's with an empty cache
-first and then with the cache that this left. ::
+A step is timed on eight schools with RealNVP: 8 couplings, 2 x 32 tanh units, 128 draws a step,
+float64. FlowJAX runs the same sizes; ours has a full affine map on top. Our default gradient is
+sticking the landing; a further row has the plain reparametrization gradient. All take blocks of
+steps in turn, so the ratios hold on a noisy machine. First steps are timed in fresh processes,
+from the finished model to the end of the step, imports excluded; on numba with an empty cache,
+then with the cache that this left. ::
 
     python -m benchmarks.speed --output benchmarks/results/speed.md
+
+``--old PATH`` times the steps of another checkout beside those of this one instead, in three
+cases and in about two minutes. ::
+
+    git worktree add /tmp/old COMMIT
+    python -m benchmarks.speed --old /tmp/old --output benchmarks/results/step_cost.md
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks import stepping
 from benchmarks.machine import describe
 
-EFFECTS = np.array([28.0, 8, -3, 7, -1, 1, 18, 12])
-ERRORS = np.array([15.0, 10, 16, 11, 9, 11, 10, 18])
-DRAWS, LAYERS, HIDDEN = 128, 8, (32, 32)
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def eight_schools():
-    """Non-centred, as in posteriordb."""
-    import pymc as pm
-
-    with pm.Model() as model:
-        mu = pm.Normal("mu", 0, 5)
-        tau = pm.HalfCauchy("tau", 5)
-        theta_trans = pm.Normal("theta_trans", 0, 1, shape=8)
-        pm.Normal("y", mu + tau * theta_trans, ERRORS, observed=EFFECTS)
-    return model
-
-
-def our_step(backend: str, gradient: str = "stl", callbacks=()):
-    """A function that takes one training step of ours, without the search for a start."""
-    import pymc_flows as pmf
-
-    with eight_schools():
-        inference = pmf.NFVI("realnvp", n_layers=LAYERS, hidden=HIDDEN, random_seed=1)
-    inference.fit(
-        1, obj_n_mc=DRAWS, gradient=gradient, initialize=False, backend=backend, progressbar=False,
-        callbacks=callbacks,
-    )  # fmt: skip
-    return lambda: inference._ladder.step(1e-3)
-
-
-def flowjax_step(stick_the_landing: bool):
-    """A function that takes one training step of FlowJAX, by its own loss and step."""
+def flowjax_timer(stick_the_landing: bool) -> Callable[[int], float]:
+    """A function that takes steps of FlowJAX, by its own loss and step, and returns their ms."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -72,16 +52,16 @@ def flowjax_step(stick_the_landing: bool):
         mu, log_tau, theta_trans = x[0], x[1], x[2:]
         tau = jnp.exp(log_tau)
         prior = norm.logpdf(mu, 0, 5) + jnp.log(2) + cauchy.logpdf(tau, 0, 5) + log_tau
-        likelihood = norm.logpdf(EFFECTS, mu + tau * theta_trans, ERRORS)
+        likelihood = norm.logpdf(stepping.EFFECTS, mu + tau * theta_trans, stepping.ERRORS)
         return prior + norm.logpdf(theta_trans).sum() + likelihood.sum()
 
     key = jax.random.key(0)
     flow = coupling_flow(
         key,
         base_dist=Normal(jnp.zeros(10)),
-        flow_layers=LAYERS,
-        nn_width=HIDDEN[0],
-        nn_depth=len(HIDDEN),
+        flow_layers=stepping.LAYERS,
+        nn_width=stepping.HIDDEN[0],
+        nn_depth=len(stepping.HIDDEN),
         nn_activation=jnp.tanh,
         invert=False,
     )
@@ -89,122 +69,209 @@ def flowjax_step(stick_the_landing: bool):
         flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
     )
     optimizer = optax.adam(1e-3)
-    loss = ElboLoss(log_p, num_samples=DRAWS, stick_the_landing=stick_the_landing)
+    loss = ElboLoss(log_p, num_samples=stepping.DRAWS, stick_the_landing=stick_the_landing)
     state = {"key": key, "params": params, "opt": optimizer.init(params)}
 
-    def one_step():
-        state["key"], subkey = jax.random.split(state["key"])
-        state["params"], state["opt"], value = step(
-            state["params"],
-            static,
-            key=subkey,
-            optimizer=optimizer,
-            opt_state=state["opt"],
-            loss_fn=loss,
-        )
-        value.item()
+    def take(n_steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(n_steps):
+            state["key"], subkey = jax.random.split(state["key"])
+            state["params"], state["opt"], value = step(
+                state["params"],
+                static,
+                key=subkey,
+                optimizer=optimizer,
+                opt_state=state["opt"],
+                loss_fn=loss,
+            )
+            value.item()
+        return 1e3 * (time.perf_counter() - started) / n_steps
 
-    return one_step
+    return take
 
 
-def step_table(blocks: int, steps: int) -> list[str]:
-    """Milliseconds a step of each, by alternating blocks, and the ratios to ours."""
+def our_timer(gradient: str) -> Callable[[int], float]:
+    """A function that takes steps of ours, and returns the mean milliseconds of one."""
+    timer = stepping.realnvp_on_schools(gradient=gradient)
+    return lambda n_steps: float(timer.take(n_steps).mean())
+
+
+def in_turn(
+    contestants: dict[str, Callable[[int], float]], blocks: int, steps: int
+) -> dict[str, list[float]]:
+    """Milliseconds of a step in each block; contestants take turns, and blocks alternate order."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for block in range(blocks + 1):
+        for name in order:
+            found = contestants[name](steps)
+            if block:  # the first block warms up
+                times[name].append(found)
+        order.reverse()
+    return times
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and range."""
+    numbers = (statistics.median(values), min(values), max(values))
+    return "{} ({} to {})".format(*(f"{v:.{digits}f}" for v in numbers))
+
+
+def flowjax_table(blocks: int, steps: int) -> list[str]:
+    """Milliseconds of a step of ours and of FlowJAX, and their ratio."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
     contestants = {
-        "pymc_flows": our_step("jax"),
-        "pymc_flows, reparametrization gradient": our_step("jax", "reparameterization"),
-        "FlowJAX": flowjax_step(False),
-        "FlowJAX, sticking the landing": flowjax_step(True),
+        "pymc_flows": our_timer("stl"),
+        "pymc_flows, reparametrization gradient": our_timer("reparameterization"),
+        "FlowJAX": flowjax_timer(False),
+        "FlowJAX, sticking the landing": flowjax_timer(True),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for block in range(blocks + 1):
-        for name, one_step in contestants.items():
-            started = time.perf_counter()
-            for _ in range(steps):
-                one_step()
-            if block:  # the first block warms up
-                times[name].append(1e3 * (time.perf_counter() - started) / steps)
-    ours = times["pymc_flows"]
+    times = in_turn(contestants, blocks, steps)
     rows = ["| | ms a step, median (range) | ours / it, median of blocks |", "|---|---|---|"]
     for name, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
-        rows.append(
-            f"| {name} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) "
-            f"| {ratio:.2f} |"
-        )
+        ratio = statistics.median(a / b for a, b in zip(times["pymc_flows"], values, strict=True))
+        rows.append(f"| {name} | {spread(values, 2)} | {ratio:.2f} |")
     return rows
 
 
-def first_step(backend: str) -> None:
-    """Print the seconds to the end of the first step, in this process."""
-    import pymc  # noqa: F401
+@contextlib.contextmanager
+def timer_of(checkout: Path, case: str) -> Iterator[Callable[[int], float]]:
+    """A function that takes steps in a process of its own, which imports a checkout's package."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", stepping.__file__, case],
+        env=os.environ | {"PYTHONPATH": str(checkout)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    requests, answers = process.stdin, process.stdout
 
-    import pymc_flows  # noqa: F401
+    def take(n_steps: int) -> float:
+        print(n_steps, file=requests, flush=True)
+        return float(answers.readline())
 
+    try:
+        package = answers.readline().strip()
+        expected = checkout.resolve() / "pymc_flows"
+        if package != str(expected):
+            raise RuntimeError(f"{case} must import {expected}, got {package or 'an error'}")
+        yield take
+    finally:
+        requests.close()
+        process.wait()
+
+
+def checkout_table(old: Path, blocks: int, steps: int) -> list[str]:
+    """Milliseconds of a step of an older checkout and of this one, and their ratio."""
+    rows = [
+        "| | old, ms a step | new, ms a step | new / old | fastest new / fastest old |",
+        "|---|---|---|---|---|",
+    ]
+    for case in stepping.CASES:
+        with timer_of(old, case) as before, timer_of(ROOT, case) as now:
+            times = in_turn({"old": before, "new": now}, blocks, steps)
+        ratios = [b / a for a, b in zip(times["old"], times["new"], strict=True)]
+        cells = [spread(values, 2) for values in (times["old"], times["new"], ratios)]
+        cells.append(f"{min(times['new']) / min(times['old']):.2f}")
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def print_first_step(backend: str) -> None:
+    """Print wall and CPU seconds to the end of the first step, in this process."""
     if backend == "jax":
         import jax  # noqa: F401
-    started, cpu = time.perf_counter(), time.process_time()
-
-    def tell(approx, losses, i):
-        print(time.perf_counter() - started, time.process_time() - cpu)
-
-    our_step(backend, callbacks=[tell])
+    print(*stepping.realnvp_on_schools(backend).first_step)
 
 
-def cold_table(repeats: int) -> list[str]:
+def first_step_table(repeats: int) -> list[str]:
     """Seconds to the end of the first step, in fresh processes."""
-    rows = ["| | seconds, median (range) | CPU seconds, median |", "|---|---|---|"]
+    cases = [("JAX", "jax"), ("numba, empty cache", "numba"), ("numba, from its cache", "numba")]
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"PYTENSOR_FLAGS": f"base_compiledir={cache}"}
-            for label, backend in [("JAX", "jax"), ("numba, empty cache", "numba"),
-                                   ("numba, from its cache", "numba")]:  # fmt: skip
+            for label, backend in cases:
                 output = subprocess.run(
                     [sys.executable, "-m", "benchmarks.speed", "--first-step", backend],
-                    env=environment, capture_output=True, text=True, check=True,
-                ).stdout  # fmt: skip
+                    env=os.environ | {"PYTENSOR_FLAGS": f"base_compiledir={cache}"},
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
                 wall, cpu = map(float, output.split()[-2:])
                 found.setdefault(label, []).append((wall, cpu))
+    rows = ["| | seconds, median (range) | CPU seconds, median |", "|---|---|---|"]
     for label, pairs in found.items():
-        walls, cpus = zip(*pairs, strict=True)
-        rows.append(
-            f"| {label} | {statistics.median(walls):.1f} ({min(walls):.1f} to {max(walls):.1f}) "
-            f"| {statistics.median(cpus):.1f} |"
-        )
+        walls, cpus = map(list, zip(*pairs, strict=True))
+        rows.append(f"| {label} | {spread(walls, 1)} | {statistics.median(cpus):.1f} |")
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--first-step", choices=["jax", "numba", "c"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.first_step:
-        first_step(options.first_step)
-        return
-    report = [
+def commit_of(checkout: Path) -> str:
+    """Abbreviated commit of a checkout, with a mark if files differ from it."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "an unknown commit"
+
+
+def report(options: argparse.Namespace) -> list[str]:
+    """All lines of the report."""
+    if options.old:
+        return [
+            "# A training step beside an older commit",
+            "",
+            f"Made by `python -m benchmarks.speed --old PATH`: {commit_of(options.old)} (old) and "
+            f"{commit_of(ROOT)} (new) take blocks of {options.steps} steps in turn, each in a "
+            f"process of its own. Medians (ranges) of {options.blocks} blocks, of each the median "
+            "step. The last column is the ratio of the fastest blocks, which other work on the "
+            "machine disturbs least.",
+            f"{describe('jax')}.",
+            "",
+            *checkout_table(options.old, options.blocks, options.steps),
+            "",
+        ]
+    return [
         "# Speed",
         "",
-        "Made by `python -m benchmarks.speed --output benchmarks/results/speed.md`.",
+        "Made by `python -m benchmarks.speed`.",
         f"{describe('jax', 'numba', 'flowjax')}.",
         "",
         "## One training step",
-        *step_table(options.blocks, options.steps),
+        *flowjax_table(options.blocks, options.steps),
         "",
         "## From a finished model to the end of the first step, imports excluded",
-        *cold_table(options.repeats),
+        *first_step_table(options.repeats),
         "",
     ]
-    print("\n".join(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--old", type=Path, help="another checkout to time beside this one")
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=100, help="steps of a block")
+    parser.add_argument("--repeats", type=int, default=3, help="first steps of each kind")
+    parser.add_argument("--output", type=Path, help="file for the tables")
+    parser.add_argument("--first-step", choices=["jax", "numba", "c"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.first_step:
+        print_first_step(options.first_step)
+        return
+    if options.old and not (options.old / "pymc_flows" / "__init__.py").exists():
+        parser.error(f"old must be a checkout with a folder pymc_flows, got {options.old}")
+    text = "\n".join(report(options))
+    print(text)
     if options.output:
-        options.output.parent.mkdir(exist_ok=True)
-        options.output.write_text("\n".join(report))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text)
 
 
 if __name__ == "__main__":
