@@ -11,6 +11,7 @@ their gradients up to a thousand dimensions or so. ::
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -68,9 +69,9 @@ def volatility() -> pm.Model:
 MODELS = (item_response, groups, volatility)
 # dimensions up to which covariances are full, and rounds in which a low rank is found beyond
 KINDS = {
-    "variances": {"FULL_MAX_DIM": 300, "STRETCHES": 0},
-    "low rank": {"FULL_MAX_DIM": 300},
-    "all covariances": {"FULL_MAX_DIM": 1000},
+    "variances": {"full_max_dim": 300, "low_rank_rounds": 0},
+    "low rank": {"full_max_dim": 300},
+    "all covariances": {"full_max_dim": 1000},
 }
 
 
@@ -78,13 +79,16 @@ def start(make, kind: str, seed: int) -> dict:
     """One row: the start's ELBO, its draws' effective share and k-hat, what it took."""
     from arviz_stats.base import array_stats
 
-    from pymc_flows.fit.start import search as initialization
+    from pymc_flows.fit import ladder
+    from pymc_flows.fit.start.search import find_start
+    from pymc_flows.fit.start.settings import StartSettings
 
+    search = functools.partial(find_start, settings=StartSettings(**KINDS[kind]))
     began = time.process_time()
     with (
         make(),
         warnings.catch_warnings(),
-        mock.patch.multiple(initialization, **KINDS[kind]),
+        mock.patch.object(ladder, "find_start", search),
     ):
         warnings.simplefilter("ignore")
         approx = pm.fit(0, method="flow", random_seed=seed, progressbar=False)

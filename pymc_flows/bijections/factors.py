@@ -1,7 +1,7 @@
-"""Factors F of covariance matrices ``F Fᵀ``: diagonal, lower triangular, or a diagonal and a low rank.
+"""Factors F of covariances ``F Fᵀ``: diagonal, lower triangular, or a diagonal and a low rank.
 
-A Gaussian with mean m and covariance ``F Fᵀ`` has the draws ``m + F z``, z standard normal. Points and
-noise are rows of arrays (rows, dim), so ``factor.times(z)`` is ``F z`` for every row z.
+A Gaussian with mean m and covariance ``F Fᵀ`` has the draws ``m + F z``, z standard normal. Points
+and noise are rows of arrays (rows, dim), so ``factor.times(z)`` is ``F z`` for every row z.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Factor(abc.ABC):
         return self._with_array(self.to_array().astype(dtype))
 
     def contiguous(self) -> Factor:
-        """Return the factor in C order: the order in memory decides how sums over rows are rounded."""
+        """Return the factor in C order; the order in memory decides how sums are rounded."""
         return self._with_array(np.ascontiguousarray(self.to_array()))
 
     def check_invertible(self) -> None:
@@ -88,7 +88,7 @@ class Factor(abc.ABC):
 
     @abc.abstractmethod
     def row_norms(self) -> np.ndarray:
-        """(dim,), Euclidean norms of the rows: standard deviations of ``F z`` for standard normal z."""
+        """(dim,), norms of the rows: standard deviations of ``F z`` for standard normal z."""
 
     @abc.abstractmethod
     def divided_rows(self, scales: np.ndarray) -> Factor:
@@ -110,7 +110,7 @@ class Factor(abc.ABC):
         """
         return _triangular(self._matrix() @ (vectors * scales))
 
-    def stretched(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
+    def rescaled_along(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
         """``F (I + V diag(√values - 1) Vᵀ)``, or a factor of nearly its covariance.
 
         Parameters
@@ -222,7 +222,7 @@ class DiagonalFactor(Factor):
         """Factor of the covariance of some of the dimensions."""
         return DiagonalFactor(self.scales[here])
 
-    def stretched(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
+    def rescaled_along(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
         """``F (I + V diag(√values - 1) Vᵀ)``, a diagonal and a low rank."""
         return LowRankFactor(self.scales, vectors, vectors * (np.sqrt(values) - 1))
 
@@ -376,7 +376,8 @@ class LowRankFactor(Factor):
         determinant = np.linalg.det(np.eye(self.rank) + self.right.T @ self.left)
         if not (np.isfinite(determinant) and determinant > 0):
             raise ValueError(
-                f"factor's determinant must be positive and finite, got {determinant} for its low rank"
+                f"factor's determinant must be positive and finite, got {determinant} for its low "
+                "rank"
             )
 
     def times(self, z: Any) -> Any:
@@ -432,7 +433,7 @@ class LowRankFactor(Factor):
             return triangular_root(scales[:, None] * correlation * scales)
         return _low_rank_root(scales, columns, inner, max_rank)
 
-    def stretched(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
+    def rescaled_along(self, values: np.ndarray, vectors: np.ndarray, max_rank: int) -> Factor:
         """``F (I + V diag(√values - 1) Vᵀ)``, or a factor of nearly its covariance."""
         more = vectors * (np.sqrt(values) - 1)
         left = np.column_stack([self.left, vectors + self.left @ (self.right.T @ vectors)])
@@ -449,8 +450,8 @@ def as_factor(factor: Factor | np.ndarray) -> Factor:
     Parameters
     ----------
     factor : Factor or ndarray
-        A diagonal (dim,), a lower-triangular matrix (dim, dim), or a diagonal and a low rank side by
-        side (dim, 1 + 2 rank), as :meth:`Factor.to_array` returns them.
+        A diagonal (dim,), a lower-triangular matrix (dim, dim), or a diagonal and a low rank side
+        by side (dim, 1 + 2 rank), as :meth:`Factor.to_array` returns them.
 
     Raises
     ------

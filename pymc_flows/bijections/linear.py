@@ -66,8 +66,9 @@ class Whitening(Bijection):
     loc : ndarray
         (dim,), in the model's unconstrained space.
     factor : Factor or ndarray
-        F, or an array from which :func:`pymc_flows.bijections.factors.as_factor` makes it: its diagonal
-        (dim,); (dim, dim), lower triangular; or a diagonal and a low rank (dim, 1 + 2 rank).
+        F, or an array from which :func:`pymc_flows.bijections.factors.as_factor` makes it: its
+        diagonal (dim,); (dim, dim), lower triangular; or a diagonal and a low rank (dim, 1 + 2
+        rank).
 
     Raises
     ------

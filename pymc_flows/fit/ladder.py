@@ -21,20 +21,17 @@ from pymc_flows.bijections import Bijection, Chain, Mixture
 from pymc_flows.families.affine import affine_map
 from pymc_flows.families.build import build_base
 from pymc_flows.fit.objective import Pulled, Target, build_objective, find_local_draws, undo
-from pymc_flows.fit.start.search import (
-    CHEAP_MAX_DIM,
-    PRIOR_DRAWS,
+from pymc_flows.fit.start.gaussian import (
     Gaussian,
-    NoStartError,
-    Start,
-    about,
-    around,
     balanced_noise,
-    find_start,
-    fit_together,
-    fits,
-    gaussian_of,
+    gaussian_fits,
+    gaussian_from_draws,
+    mixture_fits,
 )
+from pymc_flows.fit.start.mode_finding import NoStartError
+from pymc_flows.fit.start.modes import PRIOR_DRAWS, gaussian_around_modes, gaussian_at_mode
+from pymc_flows.fit.start.search import Start, find_start
+from pymc_flows.fit.start.settings import DEFAULT_SETTINGS
 from pymc_flows.fit.training import Judgement, Run, Schedule, Step, explain_failure, settle, train
 from pymc_flows.groups.mnf import MNFGroup
 from pymc_flows.messages import warn_user
@@ -383,7 +380,10 @@ class Ladder:
         alone = self._flows[0] if self._flows and len(approx.groups) == 1 else None
         draws = alone.start_draws if alone is not None else None
         prior = None
-        if draws is None and sum(group.ddim for group in approx.groups) <= CHEAP_MAX_DIM:
+        if (
+            draws is None
+            and sum(group.ddim for group in approx.groups) <= DEFAULT_SETTINGS.small_max_dim
+        ):
             # a stream of its own: whether there is a prior to draw from changes nothing else
             prior = approx.prior_points(PRIOR_DRAWS, *rng.spawn(1))
         density: Target | Pulled = target
@@ -402,7 +402,7 @@ class Ladder:
         self._modes = density.redo(start.modes) if isinstance(density, Pulled) else start.modes
         may_end = alone is not None and alone.on_ladder and self.settings.optimizer is None
         good = may_end and len(start.modes) == 1 and is_normal(alone)
-        good = good and fits(density, start.gaussian, rng)
+        good = good and gaussian_fits(density, start.gaussian, rng)
         if alone is not None and self._mixes(alone, density, start, rng):
             self._place_mixture(alone, start)
         else:
@@ -418,7 +418,7 @@ class Ladder:
                 draws = group.start_draws
                 if group.noncentering is not None:
                     draws = undo(group.noncentering, draws)
-                gaussian = gaussian_of(draws)
+                gaussian = gaussian_from_draws(draws)
                 group.restart(gaussian.loc, gaussian.factor)
         self.approx.forget_functions()
 
@@ -443,7 +443,7 @@ class Ladder:
             first += group.ddim
             if isinstance(group, FlowGroup):
                 layers = affine_map(group.ddim) if good else group.layers
-                group.restart(*gaussian.block(here), layers)
+                group.restart(*gaussian.marginal(here), layers)
         self.approx.forget_functions()
 
     def _mixes(self, group: FlowGroup, density, start: Start, rng) -> bool:
@@ -454,12 +454,12 @@ class Ladder:
         if len(start.modes) < 2 or isinstance(group.base, Mixture):
             return len(start.modes) > 1
         left = group.on_ladder and "base" not in group.flow_options
-        return left and fit_together(density, start.local, rng)
+        return left and mixture_fits(density, start.local, rng)
 
     def _place_mixture(self, group: FlowGroup, start: Start) -> None:
         """Put a flow around several modes, and a component of its base at each."""
         local = sorted(start.local, key=lambda g: -g.elbo)
-        broad = around(np.array([g.loc for g in local]), local[0])
+        broad = gaussian_around_modes(np.array([g.loc for g in local]), local[0])
         base = group.base
         if not isinstance(base, Mixture):
             base = build_base(group.ddim, {"base": "mixture", "n_components": len(local)})
@@ -477,7 +477,7 @@ class Ladder:
             seen, before = (None if x is None else density.undo(x) for x in (draws, prior))
             start = find_start(density, group.loc, rng, seen, before)
             found.append((start.gaussian.elbo, layer, start, density))
-            if fits(density, start.gaussian, rng):
+            if gaussian_fits(density, start.gaussian, rng):
                 break
         _, group.noncentering, start, density = max(found, key=lambda candidate: candidate[0])
         return start, density
@@ -612,7 +612,7 @@ class Ladder:
         noise = balanced_noise(np.random.default_rng(0), 256, self.approx.ddim)
         try:
             for mode in self._modes:
-                local = about(target, mode, self._spread(judgement), noise)
+                local = gaussian_at_mode(target, mode, self._spread(judgement), noise)
                 x = np.concatenate([mode[None], local.draws(noise)])
                 log_p = target(x)[0] - judgement.log_evidence
                 left_out = np.isfinite(log_p) & (

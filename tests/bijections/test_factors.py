@@ -81,12 +81,12 @@ def test_rotated_is_a_triangular_factor_of_the_same_covariance(kind):
 
 
 @every_kind
-def test_stretched_has_other_variances_along_the_directions(kind):
+def test_rescaled_along_has_other_variances_along_the_directions(kind):
     factor, matrix = factor_and_matrix(kind)
     vectors = np.linalg.qr(np.random.default_rng(2).normal(size=(DIM, 1)))[0]
-    stretched = factor.stretched(np.array([4.0]), vectors, max_rank=64).dense()
+    rescaled = factor.rescaled_along(np.array([4.0]), vectors, max_rank=64).dense()
     root = matrix @ (np.eye(DIM) + vectors @ vectors.T)
-    assert_allclose(stretched @ stretched.T, root @ root.T, atol=1e-10)
+    assert_allclose(rescaled @ rescaled.T, root @ root.T, atol=1e-10)
 
 
 @pytest.mark.parametrize("here", [slice(0, 4), slice(3, 9), slice(0, 9)])
