@@ -1,6 +1,6 @@
-"""Execute every notebook from the start, two at a time.
+"""Execute all notebooks from the first cell, two at a time.
 
-An error, or a notebook that is committed without outputs, fails the run.
+The run fails if a notebook raises an error or is committed without outputs.
 """
 
 import os
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def execute(path: Path) -> str:
-    """Run a notebook and return its size and its time."""
+    """Execute a notebook; return its name, its number of code cells and its time."""
     started = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in code):
-        raise ValueError(f"{path.name} is committed without outputs")
+        raise ValueError(f"{path.name} must be committed with its outputs, got none")
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": path.parent}}).execute()
     return f"{path.name}: {len(code)} cells, {time.perf_counter() - started:.0f} s"
 
@@ -29,11 +29,11 @@ def execute(path: Path) -> str:
 if __name__ == "__main__":
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not notebooks:
-        sys.exit("no notebooks found")
-    # a kernel that crashes prints where
+        sys.exit("notebooks/ must have a notebook, got none")
+    # a kernel that crashes prints its traceback
     os.environ["PYTHONFAULTHANDLER"] = "1"
     failed = []
-    # most of the time is compilation, which keeps one core busy
+    # compilation takes most of the time and keeps one core busy
     with ProcessPoolExecutor(2) as pool:
         running = {pool.submit(execute, path): path.name for path in notebooks}
         for done in as_completed(running):

@@ -1,4 +1,4 @@
-"""Run the Python code of the README, block after block, in one namespace. Warnings are errors."""
+"""Run the Python blocks of the README in order, in one namespace. Warnings are errors."""
 
 import os
 import re
@@ -11,17 +11,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 warnings.simplefilter("error")
-# these two warnings concern the processes of nutpie and the plots' backend, not this package
+# these two warnings come from nutpie's processes and from matplotlib's backend
 warnings.filterwarnings("ignore", message="os.fork")
 warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
-# a fit of 200 steps rightly warns
+# the README's fits of 200 steps are too short, so this warning is expected
 warnings.filterwarnings("ignore", message="the fit's importance weights are uneven")
 
 readme = (Path(__file__).parents[1] / "README.md").read_text()
 blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
 if not blocks:
-    sys.exit("README.md has no Python code")
-os.chdir(tempfile.mkdtemp())  # the README saves a fit
+    sys.exit("README.md must have a block of Python code, got none")
+os.chdir(tempfile.mkdtemp())  # the README saves a file
 namespace: dict = {"__name__": "__main__"}
 for number, block in enumerate(blocks, start=1):
     print(f"README.md, block {number} of {len(blocks)}", flush=True)
