@@ -43,7 +43,7 @@ def trained_affine():
     """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
     from pymc_flows.bijections import LowerTriangular
     from pymc_flows.bijections.factors import as_factor
-    from pymc_flows.posterior.approximation import FlowGroup
+    from pymc_flows.groups.flow import FlowGroup
 
     restart = FlowGroup.restart
 

@@ -79,7 +79,7 @@ def start(make, kind: str, seed: int) -> dict:
     """One row: the start's ELBO, its draws' effective share and k-hat, what it took."""
     from arviz_stats.base import array_stats
 
-    from pymc_flows.fit import ladder
+    from pymc_flows.fit import placement
     from pymc_flows.fit.start.search import find_start
     from pymc_flows.fit.start.settings import StartSettings
 
@@ -88,7 +88,7 @@ def start(make, kind: str, seed: int) -> dict:
     with (
         make(),
         warnings.catch_warnings(),
-        mock.patch.object(ladder, "find_start", search),
+        mock.patch.object(placement, "find_start", search),
     ):
         warnings.simplefilter("ignore")
         approx = pm.fit(0, method="flow", random_seed=seed, progressbar=False)

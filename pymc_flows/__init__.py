@@ -15,8 +15,9 @@ from pymc_flows.assess.plots import (
 )
 from pymc_flows.families.registry import UnknownFlowError, families
 from pymc_flows.fit.inference import NFVI
+from pymc_flows.groups.flow import FlowGroup
 from pymc_flows.groups.mnf import MNFGroup
-from pymc_flows.posterior.approximation import FlowApproximation, FlowGroup, NormalizingFlow
+from pymc_flows.posterior.approximation import FlowApproximation, NormalizingFlow
 from pymc_flows.posterior.correction import (
     importance_resample,
     neutra_model,

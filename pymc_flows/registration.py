@@ -23,9 +23,10 @@ from pymc_flows.families.registry import (
     is_matrix_family,
 )
 from pymc_flows.fit.inference import NFVI
+from pymc_flows.groups.flow import FlowGroup
 from pymc_flows.groups.mnf import MNFGroup
 from pymc_flows.messages import did_you_mean
-from pymc_flows.posterior.approximation import FlowApproximation, FlowGroup
+from pymc_flows.posterior.approximation import FlowApproximation
 
 # Methods that PyMC's own fit knows by name, as listed in its docstring.
 PYMC_METHODS = ("advi", "fullrank_advi", "svgd", "asvgd")

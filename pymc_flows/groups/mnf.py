@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,31 +19,49 @@ from pymc.variational.opvi import (
     VIState,
     node_property,
 )
-from pytensor.graph.replace import graph_replace
 
-from pymc_flows.bijections import Chain, Params, Whitening, flatten
+from pymc_flows.bijections import (
+    Chain,
+    Multiplicative,
+    Params,
+    Whitening,
+    flatten,
+    normal_log_density,
+)
 from pymc_flows.families.build import check_flow
 from pymc_flows.families.matrices import mnf
-from pymc_flows.posterior.approximation import FlowApproximation, start_of_group
+from pymc_flows.groups.moments import model_space_state
+from pymc_flows.groups.noise_group import NoiseGroup
+from pymc_flows.groups.protocol import Arrays, Restore
+from pymc_flows.groups.records import (
+    checked_options,
+    layer_from,
+    record_of_layer,
+    record_of_rng,
+    record_of_variables,
+    rng_from,
+)
+from pymc_flows.model.space import unconstrained_start
 
+# the family's name, in pm.Group and in files
 MNF = "mnf"
-# fixed draws of the multipliers, over which the moments are taken
+# fixed draws of the multipliers from which moments are computed
 MOMENT_DRAWS = 4096
 
 
-class MNFGroup(Group):
+class MNFGroup(NoiseGroup):
     """Matrices by multiplicative normalizing flows (Louizos & Welling 2017, arXiv:1703.01961).
 
     Made by ``pm.Group([W, ...], vfam="mnf", **options)``. By default each variable has its own
     :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first dimension,
-    are scaled by multipliers that went through gated couplings. Of ``X @ W`` these are the inputs, of
-    a convolution's kernels (out, in, h, w) the output channels. With ``multipliers="weights"`` one has all
-    variables as its single column, and each weight a multiplier.
+    are scaled by multipliers that went through gated couplings. For ``X @ W`` rows are the inputs; for
+    a convolution's kernels (out, in, h, w) they are the output channels. With
+    ``multipliers="weights"`` all variables together are one column, and each weight has a multiplier.
 
-    The density of a draw is not known, for the multipliers z can't be integrated out. What stands for
-    it, ``log_q``, is that of the draw with its multipliers less the auxiliary ``ln r(z|W)``. The ELBO
-    then bounds the evidence a second time, and the importance weights ``log_p - log_q`` are weights of
-    W and z together: uneven where q(W) is wrong, and also where only r is.
+    The density of a draw is not known, because the multipliers z can't be integrated out. ``log_q`` is
+    the log density of the draw and its multipliers less the auxiliary ``ln r(z|W)``. The ELBO is
+    then a second lower bound of the evidence. The importance weights ``log_p - log_q`` are those of W
+    and z jointly: they are uneven if q(W) is wrong, and also if only r is.
 
     Parameters
     ----------
@@ -54,42 +72,52 @@ class MNFGroup(Group):
     params : dict, optional
         ``{"mnf_weights": vector}``, instead of trainable weights of its own.
     random_seed : int, optional
-        Of the initial weights.
+        Seed of the initial weights.
     model : Model, optional
         Taken from the context otherwise.
     options : dict, optional
-        The options of :func:`pymc_flows.families.matrices.mnf`; they can as well be given as keywords.
+        The options of :func:`pymc_flows.families.matrices.mnf`. They can also be given as keywords.
     start : dict, optional
-        Means of the matrices at first, by variable, in the model's own space. Otherwise the model's
-        initial point, and with multipliers of rows small random numbers around it, for at one point the
-        units of a layer would all stay alike.
+        Initial means of the matrices by variable, constrained. By default the model's initial point;
+        with multipliers of rows, small random numbers are added, because from one point all
+        units of a layer would stay alike.
     **kwargs
         The options.
 
     Raises
     ------
     UnknownFlowError
-        For an option or a variable of ``start`` that does not exist.
+        If an option or a variable of ``start`` does not exist.
     GroupError
-        For a variable that is no matrix.
+        If a variable is no matrix.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> with pm.Model():
+    ...     weights = pm.Normal("weights", shape=(3, 2))
+    ...     group = pm.Group([weights], vfam="mnf", n_layers=1)
+    >>> group.ddim, group.noise_dim
+    (6, 9)
     """
 
     __param_spec__ = {"mnf_weights": ("n",)}  # noqa: RUF012 - PyMC's own form
     short_name = MNF
     alias_names: frozenset[str] = frozenset()
-    carries_score = False
+    kind = MNF
+    has_score = False
 
     def __init__(
         self,
-        group,
-        vfam=None,
-        params=None,
-        random_seed=None,
-        model=None,
-        options=None,
-        start=None,
-        **kwargs,
-    ):
+        group: Any,
+        vfam: str | None = None,
+        params: dict[str, Any] | None = None,
+        random_seed: int | None = None,
+        model: Any = None,
+        options: dict[str, Any] | None = None,
+        start: dict[Any, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.flow = MNF
         self.flow_options = {**(options or {}), **kwargs}
         check_flow(MNF, self.flow_options)
@@ -98,7 +126,7 @@ class MNFGroup(Group):
         self.seeded = random_seed is not None
         super().__init__(group, vfam, params, random_seed, model, options, start=start)
 
-    def __init_group__(self, group):
+    def __init_group__(self, group: Any) -> None:
         for rv in group or []:
             if self.model.rvs_to_values[rv].ndim < 2:
                 raise GroupError(
@@ -109,7 +137,8 @@ class MNFGroup(Group):
         if empty := [name for name, _, shape, _ in self.ordering.values() if 0 in shape]:
             raise GroupError(f"variables of a group must have elements, got none in {empty}")
         start = self._kwargs.get("start") or {}
-        self.first_loc = start_of_group(self, start)
+        seed = int(self.rng.randint(2**30, dtype=np.int64))
+        self.first_loc = unconstrained_start(self.model, self.ordering, start, seed)
         named = {getattr(key, "name", key) for key in start}
         self.given = [bool({rv.name, self.model.rvs_to_values[rv].name} & named) for rv in group]
         self.layers = tuple(mnf(shape, **self.flow_options) for shape in self._shapes())
@@ -124,29 +153,37 @@ class MNFGroup(Group):
         """Whether each variable has a layer of its own, with multipliers of rows."""
         return self.flow_options.get("multipliers", "rows") == "rows"
 
-    def _shapes(self):
+    def _shapes(self) -> list[tuple[int, int]]:
         """Rows and columns of each layer."""
         if not self.by_rows:
             return [(self.ddim, 1)]
         shapes = [shape for _, _, shape, _ in self.ordering.values()]
         return [(rows, math.prod(others)) for rows, *others in shapes]
 
-    def _placed(self, layer):
-        """A layer whose multipliers start around the start of the weights."""
+    def _placed(self, layer: Multiplicative) -> Multiplicative:
+        """Let a layer's multipliers start around the start of the weights."""
         there = Whitening(self.ddim, self.first_loc, np.ones(self.ddim))
+        assert isinstance(layer.flow, Chain)
         return replace(layer, flow=Chain([*layer.flow.layers, there]))
+
+    def initial_location(self) -> np.ndarray:
+        """Initial means (dim,) of the weights."""
+        return self.first_loc
 
     @property
     def noise_dim(self) -> int:
-        """Columns of base noise: for each layer its multipliers', then its elements'."""
+        """Columns of base noise: for each layer those of its multipliers, then of its elements."""
         return sum(rows + rows * columns for rows, columns in self._shapes())
+
+    def _initial_type(self, name):
+        return pt.matrix(name, shape=(None, self.noise_dim))
 
     @property
     def n_weights(self) -> int:
         """Number of trainable weights."""
         return sum(layer.n_weights for layer in self.layers)
 
-    def _initial_weights(self):
+    def _initial_weights(self) -> dict[str, Any]:
         rng = np.random.default_rng(self.rng.randint(2**30))
         parts, first = [], 0
         for i, layer in enumerate(self.layers):
@@ -161,10 +198,14 @@ class MNFGroup(Group):
         flat = floatX(np.concatenate(parts))
         return {"mnf_weights": pytensor.shared(flat, "mnf_weights", shape=flat.shape)}
 
-    def reseed(self, random_seed) -> None:
+    def reseed(self, random_seed: int) -> None:
         """Draw the initial weights anew; the shared vector stays the same object."""
-        self.rng = np.random.RandomState(random_seed)
+        self.reset_rng(random_seed)
         self.forget()
+
+    def reset_rng(self, random_seed: int) -> None:
+        """Seed later draws of initial weights; those that there are stay."""
+        self.rng = np.random.RandomState(random_seed)
 
     def forget(self) -> None:
         """Go back to initial weights, drawn anew."""
@@ -172,7 +213,17 @@ class MNFGroup(Group):
             fresh = self._initial_weights()["mnf_weights"].get_value()
             self.shared_params["mnf_weights"].set_value(fresh)
 
-    def _layers_and_params(self):
+    def snapshot(self) -> Restore:
+        """Remember the weights; calling the result brings them back."""
+        values = [np.array(param.get_value()) for param in self.params]
+
+        def restore():
+            for param, value in zip(self.params, values, strict=True):
+                param.set_value(value.copy())
+
+        return restore
+
+    def _layers_and_params(self) -> Iterator[tuple[Multiplicative, Params]]:
         """Each layer and its weights."""
         flat, first = self.params_dict["mnf_weights"], 0
         for layer in self.layers:
@@ -189,8 +240,24 @@ class MNFGroup(Group):
             first += layer.noise_dim
         return pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1), log_q
 
+    def local_weights(self) -> tuple[list[str], dict[str, str]]:
+        """Matrices whose products with data may be drawn in place of them; why not the others."""
+        names = [name for name, *_ in self.ordering.values()]
+        if not self.by_rows:
+            why = "its weights have a multiplier each; take multipliers='rows' and correlated=False"
+            return [], dict.fromkeys(names, why)
+        allowed, refused = [], {}
+        for (name, _, shape, _), layer in zip(self.ordering.values(), self.layers, strict=True):
+            if len(shape) > 2:
+                refused[name] = "it has more than two dimensions"
+            elif layer.correlated:
+                refused[name] = "its weights are correlated; correlated=False has them independent"
+            else:
+                allowed.append(name)
+        return allowed, refused
+
     def local_laws(self, noise):
-        """Multipliers of matrices, and law of the matrices given them.
+        """Multipliers of matrices, and the distribution of the matrices given them.
 
         Parameters
         ----------
@@ -200,8 +267,8 @@ class MNFGroup(Group):
         Returns
         -------
         dict of str to tuple of TensorVariable
-            Multipliers of the noise's shape, and mean and sd (rows, columns); none of weights that have a
-            multiplier each.
+            Multipliers of the noise's shape, and mean and sd (rows, columns); empty if each weight has a
+            multiplier.
         """
         if not self.by_rows:
             return {}
@@ -216,47 +283,25 @@ class MNFGroup(Group):
                 found[name] = z.reshape(noise[name].shape), mean, sd
         return found
 
-    @node_property
-    def _drawn(self):
-        return self.draws_and_log_q(self.symbolic_initial)
+    def draws_and_score(self, noise):
+        """As :meth:`draws_and_log_q`, and zeros (draws, dim): the score is not known."""
+        x, log_q = self.draws_and_log_q(noise)
+        return x, log_q, pt.zeros_like(x)
 
-    @property
-    def symbolic_random(self):
-        """Draws x (draws, dim), unconstrained, as a function of ``symbolic_initial``."""
-        return self._drawn[0]
-
-    @node_property
-    def symbolic_logq_not_scaled(self):
-        """``ln q(W|z) + ln q(z) - ln r(z|W)`` (draws,) of ``symbolic_random``, in nats."""
-        return self._drawn[1]
+    def map_base(self, z):
+        """Map noise z (draws, noise_dim) to x (draws, dim), log_q, and the normal log density of z."""
+        return *self.draws_and_log_q(z), normal_log_density(z)
 
     def log_density_of(self, x):
-        """Raise NotImplementedInference: there is none."""
+        """Raise NotImplementedInference: the density of a given matrix is not known."""
         raise NotImplementedInference(
             "log_density needs groups with a density, and an mnf group has none: its multipliers "
             "can't be integrated out. Draws carry a bound of it, log_q in sample_stats"
         )
 
-    # PyMC takes noise to be of as many columns as the draws
-
-    def _initial_type(self, name):
-        return pt.matrix(name, shape=(None, self.noise_dim))
-
-    def _new_initial_shape(self, size, dim, more_replacements=None):
-        return pt.stack([size, self.noise_dim])
-
-    def symbolic_sample_over_posterior(self, node):
-        """As PyMC's, of draws that have fewer columns than their noise."""
-        node = self.to_flat_input(node)
-        return pytensor.scan(
-            lambda post: graph_replace(node, {self.input: post}, strict=False),
-            self.symbolic_random,
-            return_updates=False,
-        )
-
     @node_property
     def _moments(self):
-        """For each layer its mean given z, draws of z, sd given z, and L and R, if any."""
+        """For each layer: mean given z, draws of z, sd given z, and the factors L and R, if any."""
         parts = []
         for layer, params in self._layers_and_params():
             rng = np.random.default_rng(0)
@@ -288,7 +333,7 @@ class MNFGroup(Group):
 
     @node_property
     def cov(self):
-        """Covariance (dim, dim), unconstrained, over the same draws; between layers there is none."""
+        """Covariance (dim, dim), unconstrained, over the same draws; layers are independent."""
         blocks = []
         for mu, z, sd, factors in self._moments:
             away = z - z.mean(axis=0)
@@ -305,8 +350,39 @@ class MNFGroup(Group):
 
     @property
     def state(self) -> VIState:
-        """Mean and sd of each variable in the model's own space, by Monte Carlo over draws."""
-        return FlowApproximation([self], model=self.model).state
+        """Mean and sd of each variable in the model's own space, over 4096 fixed draws."""
+        rng = np.random.default_rng(0)
+        noise = pt.constant(floatX(rng.standard_normal((MOMENT_DRAWS, self.noise_dim))))
+        return model_space_state(self.model, self.ordering, self.draws_and_log_q(noise)[0])
+
+    def record(self, label: str, arrays: Arrays) -> dict[str, Any]:
+        """Describe the group as plain data; its arrays go into ``arrays`` under the label."""
+        saved = record_of_variables(self, label, arrays)
+        saved["rng"] = record_of_rng(self.rng, f"{label}_rng", arrays)
+        arrays[f"{label}_first_loc"] = self.first_loc
+        return saved | {
+            "kind": self.kind,
+            "label": label,
+            "options": checked_options(self.flow_options),
+            "layers": record_of_layer(self.layers, label, arrays),
+            "given": self.given,
+            "seeded": self.seeded,
+        }
+
+    @classmethod
+    def from_record(cls, saved: dict[str, Any], arrays: Arrays, model: Any) -> MNFGroup:
+        """Make a group from what :meth:`record` wrote."""
+        variables = [model[name] for name in saved["variables"]]
+        group = cls(variables, model=model, options=saved["options"])
+        group.first_loc = arrays[f"{saved['label']}_first_loc"]
+        group.given, group.seeded = saved["given"], saved["seeded"]
+        group.layers = layer_from(saved["layers"], arrays)
+        weights = arrays[saved["params"]["mnf_weights"]]
+        group.shared_params = {
+            "mnf_weights": pytensor.shared(weights, "mnf_weights", shape=weights.shape)
+        }
+        group.rng = rng_from(saved["rng"], arrays)
+        return group
 
 
 def by_layers(
@@ -315,16 +391,16 @@ def by_layers(
     start: Any = None,
     **options: Any,
 ) -> Sequence[Group]:
-    """Groups of a model's variables: matrices and kernels by mnf, all else by mean field.
+    """Split a model's variables: matrices and kernels into an mnf group, the others into mean field.
 
     Parameters
     ----------
     model : Model, optional
         Taken from the context otherwise.
     random_seed : int, optional
-        Of the initial weights.
+        Seed of the initial weights.
     start : dict, optional
-        Means at first, by variable, in the model's own space.
+        Initial means by variable, constrained.
     **options
         Those of :func:`pymc_flows.families.matrices.mnf`.
 

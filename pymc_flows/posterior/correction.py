@@ -17,7 +17,7 @@ from xarray import DataTree
 from pymc_flows.messages import warn_user
 from pymc_flows.model.log_density import value_slices
 from pymc_flows.model.minibatch import whole_model
-from pymc_flows.posterior.approximation import base_dim, is_normal, with_density
+from pymc_flows.posterior.approximation import with_density
 from pymc_flows.statistics import importance
 from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.importance import khat_threshold, smooth
@@ -173,8 +173,8 @@ def sample_imh(
         chosen = path[:, -draws:].ravel()
         noise = [z[chosen] for z in approx.noise_of(chains * length, _integer(sample))]
         rng = np.random.default_rng(move)
-        found, moved = _moved(approx, noise, log_weights[chosen], moves, rng)
-        _put(result, *found)
+        drawn, moved = _moved(approx, noise, log_weights[chosen], moves, rng)
+        _put(result, drawn)
     rhat, ess = _convergence(result)
     said = {
         "method": "independence Metropolis-Hastings",
@@ -213,35 +213,38 @@ def _metropolis(log_weights, row, rng):
 
 
 def _moved(approx, noise, log_weights, moves, rng):
-    """Values, log p and log q of noise (draws, columns) by group after moves, and the share accepted.
+    """Move the noise (draws, columns) of each group; return the draws and the share of moves accepted.
 
-    The posterior is to be the law of what noise makes, or of what it makes with its auxiliary variables.
+    The target is the posterior, or with auxiliary variables their joint distribution.
     """
-    values, log_p, log_q = approx.made_of(noise)
+    drawn = approx.draws_of_noise(noise)
     accepted = 0.0
     for step in range(moves):
         kept = CORRELATIONS[step % len(CORRELATIONS)]
         fresh = [rng.standard_normal(z.shape).astype(z.dtype) for z in noise]
         tried = [kept * z + (1 - kept**2) ** 0.5 * new for z, new in zip(noise, fresh, strict=True)]
-        tried_values, tried_log_p, tried_log_q = approx.made_of(tried)
-        tried_weights = importance.log_weights(tried_log_p, tried_log_q)
+        proposed = approx.draws_of_noise(tried)
+        tried_weights = importance.log_weights(proposed.log_p, proposed.log_q)
         goes = np.log1p(-rng.random(len(log_weights))) < tried_weights - log_weights
         accepted += float(goes.mean()) / moves
         log_weights = np.where(goes, tried_weights, log_weights)
         noise = [np.where(goes[:, None], new, z) for z, new in zip(noise, tried, strict=True)]
         for old, new in (
-            *((values[name], tried_values[name]) for name in values),
-            (log_p, tried_log_p),
-            (log_q, tried_log_q),
+            *((drawn.values[name], proposed.values[name]) for name in drawn.values),
+            (drawn.log_p, proposed.log_p),
+            (drawn.log_q, proposed.log_q),
         ):
             old[goes] = new[goes]
-    return (values, log_p, log_q), accepted
+    return drawn, accepted
 
 
-def _put(result, values, log_p, log_q):
+def _put(result, drawn):
     """Replace draws (chain, draw) by as many others, chains end to end."""
     posterior, stats = (result[group].to_dataset() for group in ("posterior", "sample_stats"))
-    for dataset, found in ((posterior, values), (stats, {"log_p": log_p, "log_q": log_q})):
+    for dataset, found in (
+        (posterior, drawn.values),
+        (stats, {"log_p": drawn.log_p, "log_q": drawn.log_q}),
+    ):
         for name, old in dataset.data_vars.items():
             if name in found:
                 dataset[name] = old.copy(data=found[name].reshape(old.shape).astype(old.dtype))
@@ -269,7 +272,7 @@ def neutra_model(approx: Approximation) -> pm.Model:
     """
     approx = with_density(approx)
     model = whole_model(approx.model)
-    zs = [pt.matrix(shape=(1, base_dim(group))) for group in approx.groups]
+    zs = [pt.matrix(shape=(1, member.base_dim)) for member in approx.members]
     x, log_q, log_base = approx.map_base(zs)
     frozen = {p: pt.constant(p.get_value(), dtype=p.dtype) for p in approx.params}
     by_name = value_slices(approx, x)
@@ -278,12 +281,14 @@ def neutra_model(approx: Approximation) -> pm.Model:
     graphs = [model.logp(), *model.replace_rvs_by_values(named)]
     log_p, *values = graph_replace(graphs, place, strict=False)
     with pm.Model(coords=dict(model.coords)) as neutra:
-        normal = all(is_normal(group) for group in approx.groups)
+        normal = all(member.has_normal_base for member in approx.members)
         prior = pm.Normal if normal else pm.Flat
-        base = prior(_free_name("noise", model), shape=(sum(map(base_dim, approx.groups)),))
+        base = prior(
+            _free_name("noise", model), shape=(sum(member.base_dim for member in approx.members),)
+        )
         pieces, first = {}, 0
-        for group, z in zip(approx.groups, zs, strict=True):
-            n = base_dim(group)
+        for member, z in zip(approx.members, zs, strict=True):
+            n = member.base_dim
             pieces[z] = pt.specify_shape(base[None, first : first + n], (1, n))
             first += n
         outputs = [log_p - log_q[0], log_base[0], *values]

@@ -1,0 +1,57 @@
+"""Weights of a mixture base whose components a flow maps to given Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pymc_flows.bijections import Chain, Mixture, flatten
+from pymc_flows.bijections.evaluate import map_forward
+from pymc_flows.bijections.factors import Factor, as_factor
+
+# standard deviations by which components that share a Gaussian are moved apart
+APART = 0.3
+
+
+def mixture_weights(
+    base: Mixture,
+    chain: Chain,
+    weights: np.ndarray,
+    gaussians: Sequence[tuple[np.ndarray, Factor | np.ndarray]],
+) -> np.ndarray:
+    """Flat weights of a mixture base, each component at a Gaussian's preimage.
+
+    The chain is treated as linear around the origin, which a flow nearly is before training.
+
+    Parameters
+    ----------
+    base : Mixture
+        The base.
+    chain : Chain
+        The layers after it, or the first of them.
+    weights : ndarray
+        (weights,), flat, those of the chain first.
+    gaussians : sequence of tuple
+        Location (dim,) and factor of each, the most important first. Components beyond their number
+        share them, moved apart.
+    """
+    middle, slopes = _linearised(chain, weights[: chain.n_weights])
+    rng = np.random.default_rng(0)
+    locs, factors = [], []
+    for k in range(base.n_components):
+        loc, root = gaussians[k % len(gaussians)]
+        factor = as_factor(root).dense()
+        if k >= len(gaussians):
+            loc = loc + APART * factor @ rng.normal(size=loc.size)
+        locs.append(np.linalg.solve(slopes, loc - middle))
+        upper = np.linalg.qr(np.linalg.solve(slopes, factor).T, mode="r")
+        factors.append(upper.T * np.sign(np.diagonal(upper)))
+    return flatten(base.weights(np.array(locs), np.array(factors)))
+
+
+def _linearised(chain: Chain, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image (dim,) of the origin under a chain, and its Jacobian (dim, dim) by unit differences."""
+    steps = np.eye(chain.dim)
+    x = map_forward(chain, np.concatenate([steps, -steps, 0 * steps[:1]]), weights)
+    return x[-1], (x[: chain.dim] - x[chain.dim : -1]).T / 2

@@ -1,0 +1,143 @@
+"""The context of a group: data that each row of its variables is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pymc as pm
+import pytensor.tensor as pt
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.basic import Constant
+from pytensor.graph.traversal import ancestors
+from pytensor.tensor.shape import SpecifyShape
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_flows.bijections import Bijection, Chain, Permutation, Rows
+from pymc_flows.families.build import conditioned
+from pymc_flows.model.minibatch import is_minibatched, minibatch_scale
+from pymc_flows.model.space import Ordering
+
+
+def checked_context(
+    context: TensorVariable, ordering: Ordering, model: pm.Model, options: Mapping[str, Any]
+) -> TensorVariable:
+    """Return a context with its static shape, or say what rules it out.
+
+    Parameters
+    ----------
+    context : TensorVariable
+        (n, columns).
+    ordering : mapping
+        Of the group; the first axis of each variable must have length n.
+    model : Model
+        Of the group.
+    options : mapping
+        Of the flow; the base must be normal, and non-centring off.
+
+    Raises
+    ------
+    ValueError
+        If rows and variables disagree, an option excludes a context, or the context is a minibatch
+        and the likelihood is scaled up to all data.
+    """
+    n_rows, n_columns = map(int, context.shape.eval(mode="FAST_COMPILE"))
+    for name, _, shape, _ in ordering.values():
+        if tuple(shape[:1]) != (n_rows,):
+            raise ValueError(
+                f"context must have a row for each of {name}'s, whose shape is {shape}, "
+                f"got {n_rows} rows"
+            )
+    for option, required in (("base", "normal"), ("noncentering", False)):
+        if options.get(option, required) != required:
+            raise ValueError(f"with a context, {option} must be {required!r}")
+    context = pt.specify_shape(context, (n_rows, n_columns))
+    if is_minibatched([context]):
+        for rv in model.observed_RVs:
+            scale = minibatch_scale(rv)
+            if scale != 1:
+                raise ValueError(
+                    f"with a minibatch as context, total_size of {rv.name} must be the batch's, "
+                    f"as the latent variables' density is not scaled up; got {scale:g} times that"
+                )
+    return context
+
+
+def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, dim: int) -> Chain:
+    """Apply one flow to every row of the variables, each row given its own row of the context.
+
+    Parameters
+    ----------
+    flow : Bijection
+        Of one row of all variables.
+    context : TensorVariable
+        (n, columns), with a static shape.
+    ordering : mapping
+        Of the group.
+    dim : int
+        Of the whole group.
+    """
+    n_rows, n_columns = context.type.shape
+    places = np.arange(dim)
+    by_row = [places[where].reshape((n_rows, -1)) for _, where, *_ in ordering.values()]
+    order = np.argsort(np.concatenate(by_row, axis=1).ravel())
+    rows = Rows(dim, conditioned(flow, n_columns))
+    return Chain([rows, Permutation(dim, tuple(order.tolist()))])
+
+
+def record_of_context(
+    context: TensorVariable | None, model: pm.Model, label: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Describe where a file finds a context again: a variable of the model, or an array of the file.
+
+    Raises
+    ------
+    TypeError
+        If the context is neither, for example the output of a trained encoder.
+    """
+    if context is None:
+        return None
+    n_columns = context.type.shape[1]
+    while context.owner is not None and isinstance(context.owner.op, SpecifyShape):
+        context = context.owner.inputs[0]
+    # shared variables that are not the model's own are weights, which are in no file
+    own = {*model.named_vars.values(), *model.dim_lengths.values()}
+    shared = [v for v in ancestors([context]) if isinstance(v, SharedVariable)]
+    if model.named_vars.get(context.name) is context and own.issuperset(shared):
+        if not is_minibatched([context]):
+            return {"variable": context.name, "n_columns": n_columns}
+    elif isinstance(context, Constant):
+        array = np.asarray(context.data)
+        # netCDF 3 has no integers of eight bytes
+        arrays[f"{label}_context"] = array.astype(float) if array.dtype.kind in "iub" else array
+        return {"array": f"{label}_context", "dtype": str(array.dtype)}
+    raise TypeError(
+        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved: take the "
+        f"weights to a group that has one; got {context}"
+    )
+
+
+def context_from(
+    saved: dict[str, Any] | None, arrays: Mapping[str, np.ndarray], model: pm.Model
+) -> Any:
+    """Find a context again that :func:`record_of_context` described; None for none.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks the variable, or the variable has another number of columns.
+    """
+    if not saved:
+        return None
+    if "array" in saved:
+        return arrays[saved["array"]].astype(saved["dtype"])
+    name = saved["variable"]
+    if name not in model.named_vars:
+        raise ValueError(f"the model must have {name!r}, which is a group's context")
+    n_columns = int(model[name].shape.eval(mode="FAST_COMPILE")[-1])
+    if n_columns != saved["n_columns"]:
+        raise ValueError(
+            f"{name}, a group's context, must have {saved['n_columns']} columns, got {n_columns}"
+        )
+    return model[name]

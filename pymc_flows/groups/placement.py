@@ -1,0 +1,43 @@
+"""A flow's trainable layers inside the fixed affine map where its fit starts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pymc_flows.bijections import Bijection, Chain, Tails, Whitening
+from pymc_flows.bijections.factors import DiagonalFactor, Factor
+from pymc_flows.model.noncentering import Noncentering
+
+
+def placed(
+    layers: Bijection, loc: np.ndarray, factor: Factor, noncentering: Noncentering | None
+) -> Chain:
+    """Put layers inside the affine map ``loc + factor z``, and the non-centring after it.
+
+    Tails act on single variables. So if the layers end in tails, these come after the correlations
+    of the affine map, and only its scales follow them.
+
+    Parameters
+    ----------
+    layers : Bijection
+        Trainable layers.
+    loc : ndarray
+        (dim,).
+    factor : Factor
+        Of the map.
+    noncentering : Noncentering, optional
+        The layer that reads the model's priors.
+    """
+    dim = layers.dim
+    last: list[Bijection] = [Whitening(dim, loc, factor)]
+    if isinstance(layers, Chain) and isinstance(layers.layers[-1], Tails):
+        *first, tails = layers.layers
+        scales = factor.row_norms()
+        last = [tails, Whitening(dim, loc, scales)]
+        if not isinstance(factor, DiagonalFactor):
+            last = [Whitening(dim, 0 * loc, factor.divided_rows(scales)), *last]
+    else:
+        first = [layers]
+    if noncentering is not None:
+        last.append(noncentering)
+    return Chain([*first, *last])

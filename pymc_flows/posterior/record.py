@@ -1,0 +1,107 @@
+"""The record of a fit: what ``approx.fit_stats`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(eq=False)
+class FitStats(Mapping[str, Any]):
+    """What a fit took, and how it ended: a mapping with these keys, and attributes of the same names.
+
+    A key whose value is None is not in the mapping.
+
+    Attributes
+    ----------
+    gradient_evaluations : int
+        Gradients of one draw's log density; batches that were filled up count whole.
+    steps : int
+        Optimisation steps, of all stages and restarts.
+    seconds : dict of str to float
+        Wall time of the stages ``compile``, ``start`` and ``training``.
+    stopped : str
+        Why the fit ended; :class:`pymc_flows.fit.stopping.StopReason` lists the sentences.
+    nonfinite_steps : int
+        Steps that were skipped, because loss, gradient or new weights were not finite.
+    invalid_draws : int
+        Draws without a finite density that were left out of the other steps.
+    roll_backs : int
+        Returns to an earlier state, with a lower learning rate from there on.
+    local_reparameterization : list of str
+        Matrices in place of which their products with data were drawn.
+    start_elbo : float, optional
+        ELBO in nats of the Gaussian that the search for a start found.
+    modes : int, optional
+        Modes that the search found.
+    modes_missed : int, optional
+        Those of them that the fit leaves out.
+    ess : float, optional
+        Effective share of draws at the end.
+    elbo : float, optional
+        ELBO of the state that was kept, in nats, on fresh draws.
+    state : str, optional
+        State that was kept: ``"last"``, ``"best window"`` or ``"first"``.
+    stages : list of dict, optional
+        For each stretch of training its ``first_step``, ``steps``, ``draws`` a step, steps of
+        ``annealing``, and why it ``stopped``.
+    restarts : list of dict, optional
+        For each restart its ``elbo``, the largest ``shift`` of a mean from the fit that was kept, in
+        standard deviations, and the ``sd_ratio`` furthest from 1.
+    restarts_agree : bool, optional
+        Whether restarts agree.
+
+    Examples
+    --------
+    >>> stats = FitStats(steps=100)
+    >>> stats["steps"], "elbo" in stats, stats.get("modes_missed", 0)
+    (100, False, 0)
+    """
+
+    gradient_evaluations: int = 0
+    steps: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"compile": 0.0, "start": 0.0, "training": 0.0}
+    )
+    stopped: str = ""
+    nonfinite_steps: int = 0
+    invalid_draws: int = 0
+    roll_backs: int = 0
+    local_reparameterization: list[str] = field(default_factory=list)
+    start_elbo: float | None = None
+    modes: int | None = None
+    modes_missed: int | None = None
+    ess: float | None = None
+    elbo: float | None = None
+    state: str | None = None
+    stages: list[dict[str, Any]] | None = None
+    restarts: list[dict[str, float]] | None = None
+    restarts_agree: bool | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        """Value of a key."""
+        if key not in KEYS or (value := getattr(self, key)) is None:
+            raise KeyError(key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        """Keys that have a value."""
+        return (key for key in KEYS if getattr(self, key) is not None)
+
+    def __len__(self) -> int:
+        """Count the keys that have a value."""
+        return sum(1 for _ in self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> FitStats:
+        """Make a record from a file's; keys of other versions are left out."""
+        return cls(**{key: value for key, value in saved.items() if key in KEYS})
+
+
+KEYS = tuple(one.name for one in fields(FitStats))
+"""All keys that ``fit_stats`` may have."""

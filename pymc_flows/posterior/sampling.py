@@ -1,0 +1,144 @@
+"""Draws of an approximation: values of all of the model's variables, log p and log q."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pymc as pm
+import pytensor.tensor as pt
+from pymc.backends.base import MultiTrace
+from pymc.backends.ndarray import NDArray
+from pymc.pytensorf import floatX
+from pymc.util import _get_seeds_per_chain
+
+from pymc_flows.backend.compilation import compile_function
+from pymc_flows.model.log_density import batch, log_density, value_slices
+from pymc_flows.model.minibatch import whole_model
+
+# draws that one call of a compiled function makes, if data and dimensions are few
+CHUNK_DRAWS = 1000
+# elements of data and draws that a call may hold together; larger models get fewer draws a call
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Draws:
+    r"""Draws of an approximation.
+
+    Attributes
+    ----------
+    values : dict of str to ndarray
+        (draws, \*shape) of each unobserved variable, constrained and unconstrained, by name.
+    log_p : ndarray
+        (draws,), the model's log density with its transforms' Jacobians, in nats.
+    log_q : ndarray
+        (draws,), the approximation's, in nats on the unconstrained space.
+    """
+
+    values: dict[str, np.ndarray]
+    log_p: np.ndarray
+    log_q: np.ndarray
+
+
+class Sampler:
+    """Makes draws of an approximation, for one model.
+
+    The flow and the model are two compiled functions, so that a model that JAX can't compile does not
+    take the flow with it.
+
+    Parameters
+    ----------
+    approx : FlowApproximation
+        What draws are made from.
+    model : Model
+        Whose variables they are; other data than the fit's are allowed. With minibatches, the same
+        model on all of its data.
+    """
+
+    def __init__(self, approx: Any, model: pm.Model) -> None:
+        # the log density of a minibatch would change from draw to draw
+        self.approx, self.model = approx, whole_model(model)
+        n_data = sum(np.size(data) for data in _data(self.model))
+        self.chunk = int(np.clip(CHUNK_ELEMENTS // (n_data + approx.ddim), 1, CHUNK_DRAWS))
+        self.flow: Callable[..., Any] = approx.flow_function(self.chunk)
+        x = pt.matrix("x", shape=(self.chunk, approx.ddim))
+        variables = self.model.unobserved_value_vars
+        values = batch(variables, self.model, value_slices(approx, x))
+        log_p: Any = sum(log_density(approx, x, model=self.model))
+        zeros = np.zeros(x.type.shape, dtype=x.dtype)
+        self.evaluate = compile_function(
+            [x],
+            [*values, log_p],
+            backend=approx.backend,
+            trial=lambda compiled: compiled(zeros),
+        )
+
+    def draw(self, draws: int, random_seed: Any) -> Draws:
+        """Make fresh draws; the same seed gives the same."""
+        streams = noise_streams(self.approx, random_seed)
+        sizes = [member.noise_dim for member in self.approx.members]
+        chunks = (
+            [
+                floatX(stream.standard_normal((self.chunk, size)))
+                for stream, size in zip(streams, sizes, strict=True)
+            ]
+            for _ in range(0, draws, self.chunk)
+        )
+        return self._from_chunks(chunks, draws)
+
+    def from_noise(self, noise: Sequence[np.ndarray]) -> Draws:
+        """Make draws from given noise (draws, noise_dim) of each group."""
+        draws = len(noise[0])
+        whole = -(-draws // self.chunk) * self.chunk
+        padded = [np.resize(z, (whole, z.shape[1])) for z in noise]
+        starts = range(0, whole, self.chunk)
+        return self._from_chunks(([z[i : i + self.chunk] for z in padded] for i in starts), draws)
+
+    def _from_chunks(self, chunks: Iterable[Sequence[np.ndarray]], draws: int) -> Draws:
+        """Make draws from chunks of noise, which may hold more than are wanted."""
+        parts, left = [], draws
+        for noise in chunks:
+            x, log_q = map(np.asarray, self.flow(*noise))
+            parts.append([np.asarray(part)[:left] for part in (*self.evaluate(x), log_q)])
+            left -= len(parts[-1][-1])
+        *values, log_p, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
+        names = [variable.name for variable in self.model.unobserved_value_vars]
+        return Draws(dict(zip(names, values, strict=True)), log_p, log_q)
+
+
+def noise_streams(approx: Any, random_seed: Any) -> list[np.random.Generator]:
+    """One generator for each group, so that its draws do not depend on other groups' sizes."""
+    (seed,) = _get_seeds_per_chain(random_seed, 1)
+    return [
+        np.random.default_rng(stream)
+        for stream in np.random.SeedSequence(seed).spawn(len(approx.members))
+    ]
+
+
+def _data(model: pm.Model):
+    for rv in model.observed_RVs:
+        value = model.rvs_to_values[rv]
+        yield (
+            value.get_value(borrow=True)
+            if hasattr(value, "get_value")
+            else getattr(value, "data", 0)
+        )
+
+
+def trace_of(drawn: Draws, model: pm.Model) -> MultiTrace:
+    """Put draws into a trace of one chain, as PyMC's samplers return it."""
+    n_draws = len(drawn.log_q)
+    trace = NDArray(
+        model=model,
+        fn=model.unobserved_value_vars,  # the values are known, so nothing is compiled
+        var_shapes={name: value.shape[1:] for name, value in drawn.values.items()},
+        var_dtypes={name: value.dtype for name, value in drawn.values.items()},
+    )
+    trace.setup(draws=n_draws, chain=0)
+    for name in trace.varnames:
+        trace.samples[name] = drawn.values[name]
+    trace.draw_idx = n_draws
+    return MultiTrace([trace])
