@@ -9,7 +9,8 @@ import pytensor.tensor as pt
 from pymc.pytensorf import floatX
 
 from pymc_flows.backend.compilation import compile_function
-from pymc_flows.model.log_density import batch, log_density, value_slices
+from pymc_flows.model.batching import batch_graphs
+from pymc_flows.model.log_density import log_density, value_slices
 from pymc_flows.posterior.approximation import FlowApproximation
 
 # fresh draws on which the terms of the model are evaluated
@@ -39,7 +40,7 @@ def explain_failure(approx: FlowApproximation, message: str, n_draws: int = N_DR
     names = list(values)
     rng = np.random.default_rng(0)
     outputs = [
-        *batch(graphs, model, values),
+        *batch_graphs(graphs, model, values),
         *(values[n] for n in names),
         *(scores[n] for n in names),
     ]

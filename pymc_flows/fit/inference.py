@@ -25,7 +25,7 @@ from pymc_flows.fit.options import OPTION_NAMES, FitOptions, takes_fit_options
 from pymc_flows.fit.restarts import fit_several
 from pymc_flows.groups.mnf import by_layers
 from pymc_flows.messages import did_you_mean, warn_user
-from pymc_flows.model.log_density import largest_side
+from pymc_flows.model.structure import largest_factored_side
 from pymc_flows.posterior.approximation import FlowApproximation, NormalizingFlow
 from pymc_flows.posterior.record import FitStats
 
@@ -236,7 +236,7 @@ def _few_threads(model: pm.Model, options: FitOptions) -> Any:
     Matrix products are XLA's own; it distributes them among threads itself.
     """
     on_jax = prefers_jax(options.backend, options.compile_kwargs)
-    if on_jax and largest_side(model) <= SMALL_SIDE:
+    if on_jax and largest_factored_side(model) <= SMALL_SIDE:
         # JAX calls SciPy's library, and only a loaded library can be limited
         importlib.import_module("scipy.linalg")
         return threadpool_limits(1, user_api="blas")

@@ -179,7 +179,7 @@ def build_objective(
         Not with ``split``.
     vectorize : bool, optional
         Evaluate the log density of all draws as one batch, or loop over them; by default whichever
-        :func:`pymc_flows.model.log_density.batch` expects to be faster.
+        :func:`pymc_flows.model.batching.batch_graphs` expects to be faster.
     more_obj_params : sequence of Variable
         Trainable variables beyond ``approx.params``.
     more_replacements : mapping of Variable to Variable, optional

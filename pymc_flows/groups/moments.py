@@ -8,7 +8,7 @@ import pytensor
 from pymc.variational.opvi import VIState
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_flows.model.log_density import batch
+from pymc_flows.model.batching import batch_graphs
 from pymc_flows.model.space import Ordering, labelled
 
 
@@ -34,7 +34,7 @@ def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) ->
         for name, where, shape, dtype in ordering.values()
     }
     variables = [rv for rv in model.free_RVs if model.rvs_to_values[rv].name in values]
-    graphs = batch(model.replace_rvs_by_values(variables), model, values)
+    graphs = batch_graphs(model.replace_rvs_by_values(variables), model, values)
     found = pytensor.function([], graphs, mode="FAST_COMPILE")()
     by_name = {rv.name: np.asarray(v) for rv, v in zip(variables, found, strict=True)}
     return VIState(

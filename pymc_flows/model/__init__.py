@@ -1,1 +1,1 @@
-"""What is read from a PyMC model: its log density, space, priors and minibatches."""
+"""Facts read from a PyMC model: its log density, structure, priors and minibatches."""

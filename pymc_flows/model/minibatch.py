@@ -1,6 +1,9 @@
-"""Models of minibatches: which they are, how they are scaled, and the same model on all of the data."""
+"""Models with minibatches: how to recognise them, their scale, and the model on all data."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytensor.tensor as pt
 from pymc.data import MinibatchOp
@@ -18,28 +21,58 @@ from pytensor.tensor.variable import TensorVariable
 
 
 def has_minibatch(model: Model) -> bool:
-    """Whether the log density is that of a minibatch, scaled up or not."""
+    """Return whether any term of the log density is that of a minibatch, scaled up or not.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> with pm.Model() as model:
+    ...     rows = pm.Minibatch(np.ones(50), batch_size=5)
+    ...     y = pm.Normal("y", pm.Normal("mu"), observed=rows, total_size=50)
+    >>> has_minibatch(model)
+    True
+    """
     return any(is_of_minibatch(rv, model) for rv in model.basic_RVs) or is_minibatched(
         model.potentials
     )
 
 
 def is_of_minibatch(rv: TensorVariable, model: Model) -> bool:
-    """Whether a variable's log density is that of a minibatch, scaled up or not."""
+    """Return whether a variable's log density is that of a minibatch, scaled up or not.
+
+    Parameters
+    ----------
+    rv : TensorVariable
+        A variable of the model, free or observed.
+    model : Model
+        Its model.
+    """
     scaled = rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable)
     return scaled or is_minibatched([rv, model.rvs_to_values[rv]])
 
 
-def minibatch_scale(rv) -> float:
-    """By how much a variable's log density is scaled up."""
+def minibatch_scale(rv: TensorVariable) -> float:
+    """Return the factor by which a variable's log density is scaled up; 1 without ``total_size``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> with pm.Model() as model:
+    ...     rows = pm.Minibatch(np.ones(50), batch_size=5)
+    ...     y = pm.Normal("y", pm.Normal("mu"), observed=rows, total_size=50)
+    >>> minibatch_scale(model["y"])
+    10.0
+    """
     if rv.owner is None or not isinstance(rv.owner.op, MinibatchRandomVariable):
         return 1.0
     inner, *total_size = rv.owner.inputs
     return float(get_scaling(total_size, inner.shape).eval(mode="FAST_COMPILE"))
 
 
-def is_minibatched(graphs) -> bool:
-    """Whether any graph draws a ``pm.Minibatch``."""
+def is_minibatched(graphs: Sequence[Any]) -> bool:
+    """Return whether any graph draws a ``pm.Minibatch``."""
     return any(
         variable.owner is not None and isinstance(variable.owner.op, MinibatchOp)
         for variable in ancestors(graphs)
@@ -47,26 +80,37 @@ def is_minibatched(graphs) -> bool:
 
 
 def whole_model(model: Model) -> Model:
-    """Make the model on all of its data, where it has minibatches of them.
+    """Build the model on all of its data from a model with minibatches.
 
-    PyMC's own ``remove_minibatched_nodes`` leaves the minibatches' size in operations that are graphs
-    of their own, such as a softmax, and can't remake a variable of several dimensions.
+    PyMC's ``remove_minibatched_nodes`` leaves the size of the minibatches in operations with an
+    inner graph, such as a softmax, and can't rebuild a variable of several dimensions.
 
     Parameters
     ----------
     model : Model
-        It stays as it is.
+        It is not changed.
 
     Returns
     -------
     Model
-        The same model, if it has no minibatch.
+        A new model; ``model`` itself if it has no minibatch.
 
     Raises
     ------
     NotImplementedInference
-        For a distribution that keeps the minibatches' size in a graph of its own, such as a mixture,
-        and for a model that has their size written in it, such as in a reshape.
+        If a distribution keeps the size of the minibatches in an inner graph, as a mixture does, or
+        if the model's code contains their size, in a reshape for example.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pymc as pm
+    >>> with pm.Model() as model:
+    ...     rows = pm.Minibatch(np.ones(50), batch_size=5)
+    ...     y = pm.Normal("y", pm.Normal("mu"), observed=rows, total_size=50)
+    >>> whole = whole_model(model)
+    >>> has_minibatch(whole), whole["y"].type.shape
+    (False, (50,))
     """
     if not has_minibatch(model):
         return model
@@ -79,46 +123,49 @@ def whole_model(model: Model) -> Model:
         elif all(new is old for new, old in zip(inputs, node.inputs, strict=True)):
             continue
         else:
-            outputs = _made_of(node, inputs)
+            outputs = _with_inputs(node, inputs)
         replaced.update(zip(node.outputs, outputs, strict=True))
     whole = FunctionGraph(outputs=[replaced.get(o, o) for o in fgraph.outputs], clone=False)
-    # as PyMC hands them on
+    # PyMC keeps coordinates and dimensions on the graph, and reads them there
     whole._coords, whole._dim_lengths = fgraph._coords, fgraph._dim_lengths  # type: ignore[attr-defined]
     made = model_from_fgraph(whole, mutate_fgraph=True)
     made.check_bounds = model.check_bounds
     return made
 
 
-def _made_of(node: Apply, inputs: list[Variable]) -> list[Variable]:
-    """Do what a node does, to other inputs, of other shapes."""
+def _with_inputs(node: Apply, inputs: list[Variable]) -> list[Variable]:
+    """Apply a node's operation to inputs of other shapes, and return the outputs."""
     if isinstance(node.op, SymbolicOp):
-        # its graph is of the first inputs' shapes; called, not cloned, it makes another
+        # a clone would keep the inner graph, which has the old shapes; a call builds a new one
         return node.op(*inputs, return_list=True)
     if isinstance(node.op, MinibatchRandomVariable):
-        scale = get_scaling(inputs[1:], pt.shape(inputs[0]))
+        sizes_and_data: Any = inputs[1:], pt.shape(inputs[0])
+        scale: Any = get_scaling(*sizes_and_data)
         if constant_fold([scale], raise_not_constant=False)[0] == 1:
             return inputs[:1]
         sizes = [None if isinstance(size.type, NoneTypeT) else size for size in inputs[1:]]
         return node.op(inputs[0], *sizes, return_list=True)
     if isinstance(node.op, OpFromGraph):
         for old, new in zip(node.inputs, inputs, strict=True):
-            if not _fits(new.type, old.type):
-                raise _refusal(node, f"shape {old.type.shape} where all data have {new.type.shape}")
+            if not _compatible_shapes(new.type, old.type):
+                old_shape, new_shape = (getattr(v.type, "shape", ()) for v in (old, new))
+                raise _error(node, f"shape {old_shape}, and all data have {new_shape}")
     try:
         return node.clone_with_new_inputs(inputs, strict=False).outputs
     except ValueError as error:
-        raise _refusal(node, str(error)) from error
+        raise _error(node, str(error)) from error
 
 
-def _refusal(node: Apply, why: str) -> NotImplementedInference:
+def _error(node: Apply, reason: str) -> NotImplementedInference:
     return NotImplementedInference(
-        "the model on all of its data, on which log_p rests, can't be made from this one: "
-        f"{type(node.op).__name__} keeps its minibatches' size, {why}. Build the model once more on "
-        "all data, without pm.Minibatch, and draw in its context: with whole: approx.sample()"
+        "log_p needs the model on all of its data, which can't be built from this model: "
+        f"{type(node.op).__name__} keeps the size of its minibatches ({reason}). Build a second "
+        "model on all data, without pm.Minibatch, and sample in its context: "
+        "with whole: approx.sample()"
     )
 
 
-def _fits(new, old) -> bool:
-    """Whether a variable of one type may have the static shape of another."""
+def _compatible_shapes(new: Any, old: Any) -> bool:
+    """Return whether the static shapes of two types allow equal shapes."""
     shapes = getattr(new, "shape", ()), getattr(old, "shape", ())
     return all(a is None or b is None or a == b for a, b in zip(*shapes, strict=True))

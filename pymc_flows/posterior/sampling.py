@@ -15,7 +15,8 @@ from pymc.pytensorf import floatX
 from pymc.util import _get_seeds_per_chain
 
 from pymc_flows.backend.compilation import compile_function
-from pymc_flows.model.log_density import batch, log_density, value_slices
+from pymc_flows.model.batching import batch_graphs
+from pymc_flows.model.log_density import log_density, value_slices
 from pymc_flows.model.minibatch import whole_model
 
 # draws that one call of a compiled function makes, if data and dimensions are few
@@ -66,7 +67,7 @@ class Sampler:
         self.flow: Callable[..., Any] = approx.flow_function(self.chunk)
         x = pt.matrix("x", shape=(self.chunk, approx.ddim))
         variables = self.model.unobserved_value_vars
-        values = batch(variables, self.model, value_slices(approx, x))
+        values = batch_graphs(variables, self.model, value_slices(approx, x))
         log_p: Any = sum(log_density(approx, x, model=self.model))
         zeros = np.zeros(x.type.shape, dtype=x.dtype)
         self.evaluate = compile_function(

@@ -14,7 +14,7 @@ import pymc_flows as pmf
 from pymc_flows.fit import ladder
 from pymc_flows.fit.objective import build_objective, find_local_draws
 from pymc_flows.groups.mnf import MNFGroup
-from pymc_flows.model.local_reparameterization import _counts_rows as counts_rows
+from pymc_flows.model.row_rules import enumerates_rows
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 SMALL = {
@@ -342,9 +342,9 @@ def test_counting_rows_in_another_order_is_no_counting():
         (count[:, None], True),
         (count.reshape((3, 2)).T.reshape((6,)), False),
     ):
-        assert counts_rows(index, array, 0, {array: 0}) is counts
+        assert enumerates_rows(index, array, 0, {array: 0}) is counts
     for order, counts in (([0, 1, 2], True), ([1, 0, 2], False), ([0, 1], False)):
-        assert counts_rows(pt.constant(order), pt.matrix(shape=(3, 2)), 0, {}) is counts
+        assert enumerates_rows(pt.constant(order), pt.matrix(shape=(3, 2)), 0, {}) is counts
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -357,7 +357,7 @@ def test_two_matrices_of_one_product_are_not_both_drawn_so(transposed):
     approx = fitted(factors)
     found, refused = find_local_draws(approx, 2)
     assert found.names == ("loadings",)
-    assert "its product with 'loadings' is drawn as that's" in refused["scores"]
+    assert "its product is sampled as the product of 'loadings' already" in refused["scores"]
     found.substitute(approx.model.datalogp)
 
 

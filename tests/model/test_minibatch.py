@@ -1,4 +1,4 @@
-"""Models on all of their data in place of minibatches."""
+"""Models on all of their data, built from models with minibatches."""
 
 import numpy as np
 import pymc as pm
@@ -15,7 +15,7 @@ N, BATCH = 70, 10
 X, WEIGHTS = RNG.normal(size=(N, 3)), 0.3 * RNG.normal(size=(3, 2))
 CLASSES, PAIRS = RNG.integers(0, 2, N).astype("int32"), RNG.normal(size=(N, 2))
 COUNTS = RNG.multinomial(5, [0.3, 0.7], size=N).astype("int32")
-# softmax and log-sum-exp are graphs of their own, of the first inputs' shapes, one within another
+# softmax and log-sum-exp have inner graphs, nested, with the shapes of the minibatches
 LIKELIHOODS = {
     "softmax": (
         CLASSES,
@@ -54,7 +54,7 @@ LIKELIHOODS = {
 
 
 def regression(observed, likelihood, minibatch=False, total_size=N):
-    """Model of a matrix of weights, on all rows or on minibatches of them."""
+    """Model of a matrix of weights, on all rows or on minibatches."""
     x, y, size = pt.as_tensor(X), pt.as_tensor(observed), {}
     if minibatch:
         x, y = pm.Minibatch(X, observed, batch_size=BATCH)
@@ -66,14 +66,14 @@ def regression(observed, likelihood, minibatch=False, total_size=N):
     return model
 
 
-def test_has_minibatch():
+def test_minibatches_are_recognised():
     observed, likelihood = LIKELIHOODS["softmax"]
     assert not has_minibatch(regression(observed, likelihood))
     assert has_minibatch(regression(observed, likelihood, minibatch=True))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_the_whole_model_is_the_one_on_all_data(name, python):
+def test_the_whole_model_has_the_density_of_all_data(name, python):
     model = regression(*LIKELIHOODS[name], minibatch=True)
     whole, expected = whole_model(model), regression(*LIKELIHOODS[name])
     assert not has_minibatch(whole)
@@ -84,7 +84,7 @@ def test_the_whole_model_is_the_one_on_all_data(name, python):
     assert whole["eta"].type.shape == (N, 2)
 
 
-def test_total_size_by_dimension(python):
+def test_total_size_may_be_given_by_dimension(python):
     observed, likelihood = LIKELIHOODS["log-sum-exp"]
     model = regression(observed, likelihood, minibatch=True, total_size=[N, ...])
     value = whole_model(model).compile_logp(mode=python)({"w": WEIGHTS})
@@ -92,7 +92,7 @@ def test_total_size_by_dimension(python):
     assert_allclose(value, expected, rtol=1e-12)
 
 
-def test_another_total_size_scales_the_whole_too(python):
+def test_a_total_size_beyond_the_data_scales_the_whole_model(python):
     observed, likelihood = LIKELIHOODS["pairs"]
     once, twice = (
         whole_model(regression(observed, likelihood, minibatch=True, total_size=size))
@@ -103,19 +103,19 @@ def test_another_total_size_scales_the_whole_too(python):
     assert_allclose(likelihoods[1], 2 * likelihoods[0], rtol=1e-12)
 
 
-def test_checks_stay_left_out():
+def test_the_whole_model_keeps_check_bounds():
     model = regression(*LIKELIHOODS["pairs"], minibatch=True)
     assert whole_model(model).check_bounds
     model.check_bounds = False
     assert not whole_model(model).check_bounds
 
 
-def test_a_model_without_minibatches_is_itself():
+def test_a_model_without_minibatches_is_returned_unchanged():
     model = regression(*LIKELIHOODS["softmax"])
     assert whole_model(model) is model
 
 
-def test_draws_of_a_classifier_have_all_data_in_log_p(python):
+def test_log_p_of_draws_is_that_of_all_data(python):
     observed, likelihood = LIKELIHOODS["softmax"]
     with regression(observed, likelihood, minibatch=True):
         result = NormalizingFlow("scale-loc").sample(3, random_seed=1)
@@ -132,33 +132,33 @@ def test_draws_of_a_classifier_have_all_data_in_log_p(python):
             lambda y, eta, **size: pm.Normal(
                 y.name, eta.reshape((BATCH, 1, 2)).sum(axis=(1, 2)), observed=y, **size
             ),
-            r"Reshape keeps its minibatches' size, .*\(70, 2\)",
+            r"Reshape keeps the size of its minibatches .*\(70, 2\)",
         ),
         (
             lambda y, eta, **size: pm.Normal(
                 y.name, eta[:, 0] + np.arange(BATCH), observed=y, **size
             ),
-            "Elemwise keeps its minibatches' size, .* Build the model once more on all data",
+            "Elemwise keeps the size of its minibatches .* Build a second model on all data",
         ),
     ],
     ids=["reshape", "constant"],
 )
-def test_a_size_written_in_the_model_says_what_to_do(likelihood, match):
+def test_a_batch_size_in_the_models_code_raises_with_advice(likelihood, match):
     with pytest.raises(NotImplementedInference, match=match):
         whole_model(regression(PAIRS[:, 0], likelihood, minibatch=True))
 
 
-def test_a_mixture_of_minibatches_says_what_to_do():
+def test_a_mixture_of_minibatches_raises_with_advice():
     def inflated(y, eta, **size):
         pm.ZeroInflatedPoisson(y.name, psi=0.5, mu=pt.exp(eta[:, 0]), observed=y, **size)
 
     model = regression(CLASSES, inflated, minibatch=True)
-    match = r"MixtureRV keeps its minibatches' size, shape \(10,\) where all data have \(70,\)"
+    match = r"keeps the size of its minibatches \(shape \(10,\), and all data have \(70,\)\)"
     with pytest.raises(NotImplementedInference, match=match):
         whole_model(model)
     with model:
         approx = NormalizingFlow("scale-loc")
-        with pytest.raises(NotImplementedInference, match="Build the model once more on all data"):
+        with pytest.raises(NotImplementedInference, match="Build a second model on all data"):
             approx.sample(3)
     with regression(CLASSES, inflated):
         assert approx.sample(3, random_seed=1).posterior["eta"].shape == (1, 3, N, 2)

@@ -1,5 +1,6 @@
-"""The model-aware layer: which priors it finds, that it is a bijection, and that λ = 0 frees them."""
+"""The non-centring layer: the priors it finds, its log-determinant, and the effect of λ = 0."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytensor
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pytensor.compile.mode import Mode
 
 from pymc_flows import NormalizingFlow
 from pymc_flows.bijections import Params
 from pymc_flows.fit.objective import Pulled, Target, build_objective
 from pymc_flows.model.noncentering import find_noncentering
 
+PYTHON = Mode(linker="py", optimizer="fast_compile")
 PRIORS = {
     "normal": lambda m, s: pm.Normal("x", m, s, shape=3),
     "student": lambda m, s: pm.StudentT("x", nu=3, mu=m, sigma=s),
@@ -47,46 +50,49 @@ def layer_of(model):
     return find_noncentering(model, list(group.ordering.values()), group.ddim)
 
 
-def compiled(layer, python):
+@functools.cache
+def compiled(prior):
+    """Model, layer, and its forward map, inverse and Jacobian, for a name in PRIORS."""
+    model = hierarchy(PRIORS[prior])
+    layer = layer_of(model)
     y, flat = pt.matrix(shape=(6, layer.dim)), pt.vector(shape=(layer.n_weights,))
     params = Params(flat, layer.weight_shapes)
     x, log_det = layer.forward(y, params)
     back, log_det_back = layer.inverse(x, params)
     rows = [pt.grad(x[:, i].sum(), y) for i in range(layer.dim)]
     outputs = [x, log_det, back, log_det_back, pt.stack(rows, axis=1)]
-    return pytensor.function([y, flat], outputs, mode=python)
+    return model, layer, pytensor.function([y, flat], outputs, mode=PYTHON)
 
 
-@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
-def test_the_layer_is_a_bijection_with_its_log_det(prior, python):
-    layer = layer_of(hierarchy(prior))
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_layer_is_a_bijection_with_its_log_det(prior):
+    _, layer, function = compiled(prior)
     assert [p.name.split("_")[0] for p in layer.priors] == ["x"]
     rng = np.random.default_rng(0)
     y, flat = rng.normal(size=(6, layer.dim)), rng.normal(size=layer.n_weights)
-    _, log_det, back, log_det_back, jacobian = compiled(layer, python)(y, flat)
+    _, log_det, back, log_det_back, jacobian = function(y, flat)
     assert_allclose(back, y, atol=1e-10)
     assert_allclose(log_det_back, -log_det, atol=1e-10)
     assert_allclose(log_det, np.linalg.slogdet(jacobian)[1], atol=1e-8)
 
 
-@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
-def test_noncentred_variables_do_not_depend_on_their_parents(prior, python):
-    """With λ = 0 the prior density of y does not change when mean and scale do."""
-    model = hierarchy(prior)
-    layer = layer_of(model)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_noncentred_variables_are_independent_of_their_parents(prior):
+    """With λ = 0 the prior density of y does not change if mean and scale do."""
+    model, layer, function = compiled(prior)
     rng = np.random.default_rng(1)
     y = np.repeat(rng.normal(size=(1, layer.dim)), 6, axis=0)
     y[:, :2] = rng.normal(size=(6, 2))  # mean and log scale
-    x, log_det, *_ = compiled(layer, python)(y, np.full(layer.n_weights, -40.0))
+    x, log_det, *_ = function(y, np.full(layer.n_weights, -40.0))
     rv = model["x"]
-    log_p = model.compile_logp(vars=[rv], mode=python)
+    log_p = model.compile_logp(vars=[rv], mode=PYTHON)
     names = [v.name for v in model.value_vars]
     places = {name: (where, shape) for name, where, shape, _ in layer.ordering}
     densities = [log_p({n: row[places[n][0]].reshape(places[n][1]) for n in names}) for row in x]
     assert_allclose(np.array(densities) + log_det, densities[0] + log_det[0], atol=1e-8)
 
 
-def test_priors_without_free_parents_get_none(python):
+def test_there_is_no_layer_without_dependent_priors():
     with pm.Model() as model:
         mu = pm.Normal("mu", 0.0, 5.0)
         pm.HalfNormal("sigma", 2.0)
@@ -94,7 +100,7 @@ def test_priors_without_free_parents_get_none(python):
     assert layer_of(model) is None
 
 
-def test_it_is_an_option_of_every_family_and_the_defaults():
+def test_noncentering_is_an_option_of_every_family():
     model = hierarchy(PRIORS["normal"])
     for flow, options, expected in [
         ("realnvp", {"noncentering": True}, True),
@@ -108,22 +114,22 @@ def test_it_is_an_option_of_every_family_and_the_defaults():
 
 
 @pytest.mark.parametrize("prior", ["normal", "walk"])
-def test_what_rounding_swallows_has_no_weight(prior, python):
-    """Beside a scale that x can't resolve, its prior would take any y for the most probable."""
-    layer = layer_of(hierarchy(PRIORS[prior]))
+def test_a_scale_below_rounding_gives_the_draw_no_weight(prior):
+    """Otherwise x would round to its location, where its prior is at its maximum."""
+    _, layer, function = compiled(prior)
     y = np.ones((6, layer.dim))
-    y[:, 1] = np.log([1.0, 1e-6, 1e-12, 1e-16, 1e-20, 1e-60])  # log scale, of a mean of 1
+    y[:, 1] = np.log([1.0, 1e-6, 1e-12, 1e-16, 1e-20, 1e-60])  # log scale; the mean is 1
     non_centred = np.full(layer.n_weights, -40.0)
-    x, log_det, *_ = compiled(layer, python)(y, non_centred)
+    x, log_det, *_ = function(y, non_centred)
     assert_allclose(np.isneginf(log_det), [False, False, False, True, True, True])
     assert np.isfinite(x).all()
-    y[:, 0] = 0.0  # about zero floats are fine enough for any scale
-    _, log_det, *_ = compiled(layer, python)(y, non_centred)
+    y[:, 0] = 0.0  # near zero, floats resolve any scale
+    _, log_det, *_ = function(y, non_centred)
     assert np.isfinite(log_det).all()
 
 
-def test_a_lost_draw_leaves_the_gradient_of_the_others(python):
-    """Of three levels, for the third takes its location and scale from what was lost."""
+def test_a_draw_without_weight_leaves_the_gradient_finite(python):
+    """The model has three levels: the third depends on a variable of the lost draw."""
     with pm.Model() as model:
         scale = pm.HalfNormal("scale")
         a = pm.Normal("a", pm.Normal("mean"), scale)
@@ -145,7 +151,7 @@ def test_a_lost_draw_leaves_the_gradient_of_the_others(python):
     assert all(np.isfinite(g).all() for g in found)
 
 
-def test_one_compiled_function_looks_through_each_parametrization(python):
+def test_one_compiled_function_serves_every_parametrisation(python):
     approx = NormalizingFlow("loc", model=hierarchy(PRIORS["normal"]))
     layer = layer_of(approx.model)
     target = Target(approx, 2, compile_kwargs={"mode": python})
