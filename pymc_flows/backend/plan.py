@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymc_flows.backend.compilation import may_interpret, prefers_jax
-from pymc_flows.model.log_density import has_large_matrices, has_loop
+from pymc_flows.model.structure import has_large_matrices, has_loop
 
 # draws a call, at least, of the density that a search for a start evaluates
 BATCH = 64
