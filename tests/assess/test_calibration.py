@@ -1,4 +1,4 @@
-"""Simulation-based calibration: ranks are uniform if fits are exact, and show how fits are wrong."""
+"""Simulation-based calibration: ranks are uniform for exact fits, and show errors of others."""
 
 import json
 

@@ -1,36 +1,16 @@
-"""Comparisons with a reference: known distances, labels, floors, grades and errors."""
+"""Comparisons with a reference: the columns of the table, noise floors, and grades."""
 
 import subprocess
 import sys
-import types
 
-import arviz_stats
 import numpy as np
 import pandas as pd
-import pymc as pm
-import pytensor
 import pytest
 import scipy.stats
-import xarray as xr
+from assess.builders import normal, tree
 from numpy.testing import assert_allclose
 
-from pymc_flows.assess.compare import compare, grade
-
-SCHOOLS = ["Choate", "Deerfield", "Hotchkiss"]
-
-
-def normal(loc=0.0, scale=1.0, *, draws=4000, shape=(), seed=0):
-    return np.random.default_rng(seed).normal(loc, scale, size=(draws, *shape))
-
-
-def tree(chains=4, coords=None, **variables):
-    """Make a result of variables given as (draws, *shape) or (dims, values)."""
-    data = {}
-    for name, values in variables.items():
-        dims, values = values if isinstance(values, tuple) else ((), values)
-        dims = dims or tuple(f"{name}_dim_{i}" for i in range(values.ndim - 1))
-        data[name] = (("chain", "draw", *dims), values.reshape(chains, -1, *values.shape[1:]))
-    return xr.DataTree.from_dict({"posterior": xr.Dataset(data, coords=coords)})
+from pymc_flows import compare, grade
 
 
 def table_of(*rows, methods=None):
@@ -51,7 +31,7 @@ def table_of(*rows, methods=None):
         (5.0, 3.0, 0.0, 1.5, 0.5 * np.sqrt(2 / np.pi)),  # E|(1.5 - 1) z|
     ],
 )
-def test_gaussians_at_known_distances(loc, scale, mean_difference, sd_ratio, w1):
+def test_columns_of_gaussians_have_their_exact_values(loc, scale, mean_difference, sd_ratio, w1):
     draws = 40_000
     results = {
         "nuts": tree(x=normal(5.0, 2.0, draws=draws, seed=1)),
@@ -73,7 +53,7 @@ def test_gaussians_at_known_distances(loc, scale, mean_difference, sd_ratio, w1)
     assert abs(row["w1"] - w1) < 5 * error
 
 
-def test_w1_is_scipys_for_unequal_sizes_and_ties():
+def test_w1_equals_scipys_with_ties_and_unequal_sizes():
     rng = np.random.default_rng(3)
     reference, drawn = rng.poisson(3.0, 700), np.round(rng.gamma(2.0, 1.0, 1501), 1)
     table = compare({"a": {"x": reference}, "b": {"x": drawn}})
@@ -82,14 +62,14 @@ def test_w1_is_scipys_for_unequal_sizes_and_ties():
 
 
 @pytest.mark.parametrize("draws", [500, 2000, 8000])
-def test_the_floor_is_what_exact_draws_score(draws):
+def test_floor_is_the_average_error_of_exact_draws(draws):
     shape, known = (300,), 2000
     results = {
         "nuts": tree(x=normal(3.0, 7.0, draws=known, shape=shape, seed=4)),
         "exact": {"x": normal(3.0, 7.0, draws=draws, shape=shape, seed=5)},
     }
-    table = compare(results, reference="nuts")
-    # E|mean difference| of independent normals; the scalars' spread gives the standard errors.
+    table = compare(results, reference="nuts", joint=False)
+    # E|mean difference| of independent normals; the spread over scalars gives standard errors
     expected = np.sqrt(2 / np.pi * (1 / draws + 1 / known))
     floor, score = table["floor_mean"], table["mean_difference"].abs()
     assert abs(floor.mean() - expected) < 5 * floor.sem()
@@ -100,15 +80,15 @@ def test_the_floor_is_what_exact_draws_score(draws):
 
 
 @pytest.mark.parametrize("chains", [1, 2, 4, 8])
-def test_the_floor_knows_autocorrelation(chains):
+def test_floor_accounts_for_autocorrelation(chains):
     slow = np.repeat(normal(draws=200, shape=(200,), seed=6), 20, axis=0)
     results = {"nuts": tree(chains, x=slow), "other": {"x": normal(shape=(200,), seed=7)}}
-    floor = compare(results, reference="nuts")["floor_mean"]
-    # 200 values of worth in the reference; the formula counts the method's draws alike.
+    floor = compare(results, reference="nuts", joint=False)["floor_mean"]
+    # The reference has 200 independent values; the formula assumes the same for the method.
     assert abs(floor.mean() - np.sqrt(2 / np.pi * 2 / 200)) < 5 * floor.sem()
 
 
-def test_one_row_per_method_and_scalar_without_the_reference():
+def test_table_has_a_row_for_each_method_and_scalar_but_not_for_the_reference():
     results = {
         name: {"x": normal(seed=i), "y": normal(shape=(2,), seed=i)}
         for i, name in enumerate(["flow", "nuts", "nsf"])
@@ -119,8 +99,8 @@ def test_one_row_per_method_and_scalar_without_the_reference():
         assert rows["w1"].is_monotonic_decreasing
     assert table.index.names == ["method", "parameter"]
     assert list(table) == [
-        "mean_difference", "mean_se", "sd_ratio", "q5_difference", "q95_difference", "tail_mass", "w1",
-        "floor_mean", "floor_w1",
+        "mean_difference", "mean_se", "sd_ratio", "q5_difference", "q95_difference", "tail_mass",
+        "w1", "floor_mean", "floor_w1",
     ]  # fmt: skip
     assert table.attrs["reference"] == "nuts"
 
@@ -132,73 +112,11 @@ def test_the_first_result_is_the_default_reference():
     assert table.loc[("flow", "x"), "mean_difference"] > 1.5
 
 
-def test_labels_are_arvizs():
-    coords = {"school": SCHOOLS, "dose": [0.5, 1.0], "year": pd.to_datetime(["2020", "2021"])}
-    shapes = {"mu": (), "theta": ("school",), "slope": ("school", "dose"), "z": ("year",)}
-    variables = {
-        name: (dims, normal(shape=tuple(len(coords[dim]) for dim in dims), draws=100))
-        for name, dims in shapes.items()
-    }
-    nuts = tree(coords=coords, **variables, plain=normal(shape=(2, 2), draws=100))
-    labels = compare({"nuts": nuts, "flow": nuts}).loc["flow"].index
-    assert list(labels) == list(arviz_stats.summary(nuts, kind="stats").index)
-    assert "theta[Choate]" in labels
-
-
-def test_arrays_take_the_coordinates_of_the_first_tree():
-    values = normal(shape=(3,)) + np.arange(3)
-    named = tree(theta=(("school",), values), coords={"school": SCHOOLS})
-    for results in ({"a": {"theta": values}, "b": named}, {"b": named, "a": {"theta": values}}):
-        table = compare(results)
-        assert list(table.droplevel("method").index) == [f"theta[{name}]" for name in SCHOOLS]
-        assert_allclose(table["w1"], 0.0, atol=1e-12)
-
-
-def test_repeated_coordinates_are_labelled_by_position():
-    repeated = tree(theta=(("school",), normal(shape=(2,))), coords={"school": ["a", "a"]})
-    table = compare({"a": repeated, "b": repeated})
-    assert list(table.loc["b"].index) == ["theta[0]", "theta[1]"]
-
-
-def test_trees_are_aligned_by_coordinates_not_position():
-    values = normal(shape=(3, 2)) + 10 * np.arange(6).reshape(3, 2)
-    coords = {"school": SCHOOLS, "kind": ["a", "b"]}
-    nuts = tree(theta=(("school", "kind"), values), coords=coords)
-    posterior = nuts["posterior"].to_dataset().isel(school=[2, 0, 1]).transpose(..., "school")
-    table = compare({"nuts": nuts, "flow": xr.DataTree.from_dict({"posterior": posterior})})
-    assert_allclose(table["mean_difference"], 0.0, atol=1e-12)
-    assert table.index[0] == ("flow", "theta[Choate, a]")
-
-
-def test_approximations_give_draws_by_the_seed():
-    with pm.Model(coords={"school": SCHOOLS}):
-        pm.Normal("theta", dims="school")
-        approx = pm.MeanField()
-    results = {"known": {"theta": normal(shape=(3,))}, "advi": approx}
-    with pytensor.config.change_flags(mode="FAST_COMPILE"):
-        tables = [compare(results, draws=300, random_seed=seed) for seed in (1, 1, 2)]
-    assert list(tables[0].loc["advi"].index) == [f"theta[{name}]" for name in SCHOOLS]
-    pd.testing.assert_frame_equal(tables[0], tables[1])
-    assert not np.allclose(tables[0]["w1"], tables[2]["w1"])
-
-
-def test_draws_reaches_the_approximation():
-    asked = []
-
-    def sample(draws, *, random_seed):
-        asked.append(draws)
-        return tree(chains=1, x=normal(draws=draws, seed=random_seed))
-
-    approx = types.SimpleNamespace(sample=sample)
-    compare({"a": {"x": normal()}, "b": approx}, draws=123, random_seed=1)
-    assert asked == [123]
-
-
-def test_constants_are_nan_where_they_agree_and_infinite_where_not():
-    # Computed constants, such as the diagonal of a correlation matrix, wobble in the last digit.
-    wobble = 0.1 * (1 + np.finfo(float).eps * np.random.default_rng(8).integers(-2, 3, 4000))
+def test_equal_constants_are_nan_and_different_constants_infinite():
+    # Computed constants, such as the diagonal of a correlation matrix, vary by rounding errors.
+    rounded = 0.1 * (1 + np.finfo(float).eps * np.random.default_rng(8).integers(-2, 3, 4000))
     results = {
-        "nuts": {"c": wobble},
+        "nuts": {"c": rounded},
         "same": {"c": np.full(1000, 0.1)},
         "single": {"c": np.full(1000, 0.1, dtype=np.float32)},
         "moved": {"c": np.full(1000, -0.2)},
@@ -216,69 +134,11 @@ def test_constants_are_nan_where_they_agree_and_infinite_where_not():
     ) == {"same": "accurate", "single": "accurate", "moved": "off", "wide": "off"}
 
 
-def test_a_wild_method_does_not_make_the_reference_constant():
+def test_outliers_of_a_method_do_not_make_the_reference_constant():
     wild = normal(seed=9)
     wild[0] = 1e20
     table = compare({"nuts": {"x": normal()}, "wild": {"x": wild}})
     assert_allclose(table.loc[("wild", "x"), "mean_difference"], 1e20 / 4000, rtol=0.05)
-
-
-def test_variables_not_shared_are_named_in_a_warning():
-    results = {"a": {"x": normal(), "y": normal()}, "b": {"x": normal(), "z": normal()}}
-    with pytest.warns(UserWarning, match=r"variables \['y', 'z'\] are left out") as caught:
-        table = compare(results)
-    assert caught[0].filename == __file__
-    assert list(table.index) == [("b", "x")]
-
-
-@pytest.mark.parametrize("var_names", ["x", ["x"]])
-def test_var_names_chooses_without_a_warning(var_names):
-    results = {"a": {"y": normal(), "x": normal()}, "b": {"x": normal(), "z": normal()}}
-    assert list(compare(results, var_names=var_names).index) == [("b", "x")]
-
-
-X = {"x": normal(draws=100)}
-NO_POSTERIOR = xr.DataTree.from_dict({"prior": xr.Dataset({"x": ("draw", normal(draws=9))})})
-NO_CHAINS = xr.DataTree.from_dict({"posterior": xr.Dataset({"x": ("draw", normal(draws=9))})})
-
-
-@pytest.mark.parametrize(
-    ("results", "options", "error", "message"),
-    [
-        ({}, {}, ValueError, "at least 2 results to compare, got 0"),
-        ({"a": X}, {}, ValueError, "at least 2 results to compare, got 1"),
-        ({"nuts": X, "flow": X}, {"reference": "nut"}, ValueError, "'nut' in reference.*'nuts'"),
-        ({"nuts": X, "flow": X}, {"var_names": ["xx"]}, ValueError, "var_names.*mean x"),
-        ({"a": X | {"y": X["x"]}, "b": X}, {"var_names": "y"}, ValueError, "'b' has no.*'y'"),
-        ({"a": X, "b": {"y": X["x"]}}, {}, ValueError, "in common, got {'a': .'x'., 'b': .'y'"),
-        ({"a": X, "b": 3}, {}, TypeError, "'b' must be a DataTree.*got int"),
-        ({"a": X, "b": NO_POSTERIOR}, {}, ValueError, "'b' must have a posterior group.*prior"),
-        ({"a": X, "b": NO_CHAINS}, {}, ValueError, r"'b' must have dimensions.*got \('draw',"),
-        ({"a": X, "b": {"x": normal(draws=3)}}, {}, ValueError, "'b'.*at least 4 draws, got 3"),
-        ({"a": X, "b": {"x": np.float64(3)}}, {}, ValueError, "'b' must share their first axis"),
-        ({"a": X, "b": X | {"y": normal(draws=9)}}, {}, ValueError, "'b' must share their first"),
-        ({"a": X, "b": {"x": np.full(9, "3")}}, {}, ValueError, "'x' of result 'b' must be num"),
-        ({"a": X, "b": {"x": normal(draws=9, shape=(2,))}}, {}, ValueError, r"\(2,\) in 'b' and"),
-        (
-            {"a": X, "b": {"x": np.array([0.0, np.nan, 1.0, np.inf])}},
-            {},
-            ValueError,
-            "'x' of result 'b' must be finite, got 2 of 4",
-        ),
-        (
-            {
-                name: tree(x=(("k",), normal(draws=8, shape=(2,))), coords={"k": ["u", name]})
-                for name in "ab"
-            },
-            {},
-            ValueError,
-            "coordinates of 'x' must be the same.*'b'.*'a'",
-        ),
-    ],
-)
-def test_errors_name_the_result_and_the_rule(results, options, error, message):
-    with pytest.raises(error, match=message):
-        compare(results, **options)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +167,7 @@ def test_grades_at_their_boundaries(row, word):
     assert grade(table_of((0.0, 1.0, 0.0), row)).loc["flow", "grade"] == word
 
 
-def test_grade_gives_each_methods_worst():
+def test_grade_reports_the_worst_parameter_of_each_method():
     rows = [(0.0, 1.0, 0.01), (-0.2, 0.8, 0.05), (0.1, 1.2, 0.25), (0.0, 1.0, 0.0)]
     graded = grade(table_of(*rows, methods=["nsf", "nsf", "nsf", "flow"]))
     assert list(graded.index) == ["nsf", "flow"]
@@ -331,3 +191,17 @@ def test_importing_does_not_import_plotting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.fit
+def test_grade_reports_joint_distances_and_cost(schools_fit, schools_draws):
+    with_cost = compare(
+        {"flow": schools_fit, "draws": schools_draws}, reference="draws", random_seed=1
+    )
+    summary = grade(with_cost).loc["flow"]
+    assert summary["gradient_evaluations"] == schools_fit.fit_stats["gradient_evaluations"]
+    assert_allclose(summary["seconds"], sum(schools_fit.fit_stats["seconds"].values()))
+    for measure in ("sliced_w1", "mmd", "classifier"):
+        assert summary[measure] < 2 * abs(summary[f"{measure}_null"])
+    without = compare({"flow": schools_fit, "draws": schools_draws}, reference="draws", joint=False)
+    assert "mmd" not in grade(without)

@@ -1,4 +1,4 @@
-"""The diagnosis: right numbers where they are known, and verdicts that follow from them."""
+"""Diagnoses: exact numbers for Gaussians, and the verdicts that follow from them."""
 
 import json
 
@@ -12,45 +12,14 @@ from scipy import stats
 
 from pymc_flows import FlowApproximation, diagnose
 from pymc_flows.assess.diagnostics import diagnose_draws
-from pymc_flows.statistics.importance import khat, khat_threshold, smooth
 
 
-@pytest.mark.parametrize("tail", [0.2, 0.5, 0.7, 1.0, 1.5])
-def test_khat_is_the_tail_index_of_pareto_weights(tail):
-    n_draws, n_seeds = 4000, 40
-    found = [
-        khat(tail * np.random.default_rng(seed).exponential(size=n_draws))
-        for seed in range(n_seeds)
-    ]
-    # Zhang & Stephens's estimate is drawn towards 0.5 by ten draws' worth of prior
-    n_tail = 3 * n_draws**0.5
-    expected = (n_tail * tail + 10 * 0.5) / (n_tail + 10)
-    assert abs(np.mean(found) - expected) < 4 * np.std(found) / n_seeds**0.5
-
-
-def test_threshold_depends_on_the_number_of_draws():
-    assert_allclose([khat_threshold(n) for n in (100, 1000, 10**6)], [0.5, 2 / 3, 0.7])
-
-
-def test_smoothed_weights_keep_the_evidence_and_leave_out_what_is_invalid():
-    log_weights = np.random.default_rng(0).normal(-0.125 + 3, 0.5, size=40_000)
-    found = smooth(log_weights)
-    assert abs(found.log_evidence - 3) < 4 * found.log_evidence_se
-    log_weights[::2] = [-np.inf, np.nan] * 10_000
-    half = smooth(log_weights)
-    assert (half.weights[::2] == 0).all()
-    assert abs(half.log_evidence - (3 - np.log(2))) < 4 * half.log_evidence_se
-    assert smooth(np.full(500, 2.0)).khat == 0
-    assert_allclose(smooth(np.full(500, 2.0)).log_evidence, 2)
-    assert smooth(np.full(500, -np.inf)).khat == np.inf
-
-
-def test_errors_are_those_of_two_gaussians(python):
+def test_errors_of_gaussians_have_their_exact_values(python):
     approx = gaussian(mean=0.1, sd=1.15)
     found = diagnose(approx, draws=40_000, random_seed=1)
     errors = found.errors
     assert list(errors.index) == ["x[s0]", "x[s1]", "x[s2]"]
-    # in units of the approximation's sd, whose own moments are those of these draws
+    # the errors are relative to the mean and sd of these draws, not of the approximation
     drawn = found.draws.posterior["x"].values[0]
     shift = (0 - drawn.mean(axis=0)) / drawn.std(axis=0)
     change = 1 / drawn.std(axis=0) - 1
@@ -63,7 +32,7 @@ def test_errors_are_those_of_two_gaussians(python):
     assert found.ess_fraction == found.ess / 40_000
 
 
-def test_two_modes_under_one_hump_show_in_the_quantiles(python):
+def test_quantile_error_detects_two_modes_fitted_by_one(python):
     apart, width = 1.2, 0.6
     spread = (apart**2 + width**2) ** 0.5
     with pm.Model() as model:
@@ -76,7 +45,7 @@ def test_two_modes_under_one_hump_show_in_the_quantiles(python):
     modes = stats.norm.cdf(grid, [[-apart], [apart]], width).mean(axis=0)
     hump = stats.norm.cdf(grid, 0, spread)
     expected = np.trapezoid(np.abs(modes - hump), grid) / spread
-    # that of 4000 draws from 4000 others is 0.02
+    # w1 between two sets of 4000 draws from one distribution is 0.02
     assert abs(found.quantile_error - expected) < 0.02
     assert found.mean_error < 0.1
     assert found.sd_error < 0.1
@@ -95,7 +64,7 @@ def test_two_modes_under_one_hump_show_in_the_quantiles(python):
         (0.4, 1.3, 150, "unreliable", "effective sample size"),
     ],
 )
-def test_the_verdict_follows_from_the_weights(mean, sd, draws, verdict, reason, python):
+def test_verdict_follows_from_the_weights(mean, sd, draws, verdict, reason, python):
     found = diagnose(gaussian(mean, sd), draws=draws, random_seed=2)
     assert found.verdict == verdict
     assert reason in " ".join(found.reasons)
@@ -112,14 +81,14 @@ def test_the_verdict_follows_from_the_weights(mean, sd, draws, verdict, reason, 
         ({"restarts_agree": True}, "can be trusted"),
     ],
 )
-def test_the_record_of_the_fit_counts(record, reason, python):
+def test_verdict_uses_the_record_of_the_fit(record, reason, python):
     draws = gaussian(0.0, 1.0).sample(500, random_seed=1)
     found = diagnose_draws(draws, record)
     assert reason in " ".join(found.reasons)
     assert (found.verdict == "reliable") == (record == {"restarts_agree": True})
 
 
-def test_draws_without_density_are_counted_and_not_trusted(python):
+def test_draws_without_density_make_a_fit_unreliable(python):
     draws = gaussian(0.0, 1.0).sample(500, random_seed=1)
     draws["sample_stats"]["log_p"][:, :50] = -np.inf
     found = diagnose(draws)
@@ -129,8 +98,9 @@ def test_draws_without_density_are_counted_and_not_trusted(python):
     assert "no finite density" in found.reasons[0]
 
 
+@pytest.mark.fit
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
-def test_the_record_is_a_datatree_that_arviz_reads(schools_fit):
+def test_arviz_reads_the_datatree_of_a_diagnosis(schools_fit):
     found = diagnose(schools_fit, draws=1000, random_seed=1)
     tree = found.to_datatree()
     assert tree["diagnosis"].attrs["verdict"] == found.verdict
@@ -141,11 +111,11 @@ def test_the_record_is_a_datatree_that_arviz_reads(schools_fit):
     sampled = tree["sample_stats"]
     assert_allclose(sampled["log_weight"], sampled["log_p"] - sampled["log_q"])
     loo = az.loo_approximate_posterior(tree, sampled["log_p"], sampled["log_q"])
-    # Vehtari et al. 2017, table 2, by exact cross-validation: -30.8 ± 0.9 for the hierarchical model
+    # Vehtari et al. 2017, table 2: exact cross-validation of the hierarchical model, -30.8 ± 0.9
     assert abs(loo.elpd + 30.8) < 1.5
 
 
-def test_advi_is_diagnosed_as_it_is(normal, python):
+def test_advi_can_be_diagnosed(normal, python):
     with normal:
         approx = pm.fit(200, method="advi", random_seed=1, progressbar=False)
     found = diagnose(approx, draws=500, random_seed=1)
@@ -154,7 +124,7 @@ def test_advi_is_diagnosed_as_it_is(normal, python):
     assert "not recorded" in str(found)
 
 
-def test_bad_input_says_what_is_wrong(python):
+def test_errors_name_the_rule(python):
     approx = gaussian(0.0, 1.0)
     with pytest.raises(ValueError, match="draws must be at least 100, got 10"):
         diagnose(approx, draws=10)

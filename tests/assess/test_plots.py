@@ -1,4 +1,4 @@
-"""Pictures of fits: what the panels, titles, legends and curves show."""
+"""Plots of fits: panels, titles, legends and curves."""
 
 import itertools
 import sys
@@ -40,7 +40,7 @@ def normal(loc=0.0, scale=1.0, *, draws=400, shape=(), seed=0):
 
 
 def schools(shift=0.0, draws=400, seed=0):
-    """A result of mu, which is exact, and theta, which is off by more from school to school."""
+    """A result with an exact mu, and a theta whose error grows from school to school."""
     theta = normal(shift * np.arange(3), draws=draws, shape=(3,), seed=seed)
     return xr.DataTree.from_dict(
         {
@@ -56,7 +56,7 @@ def schools(shift=0.0, draws=400, seed=0):
 
 
 def panels(collection):
-    """Give the axes of a picture by their titles, in order."""
+    """Axes of a plot by title, in order."""
     figure = collection.viz["figure"].item()
     return {axes.get_title(): axes for axes in figure.axes if axes.axison}
 
@@ -66,7 +66,7 @@ def legend_of(collection):
     return [text.get_text() for text in legend.get_texts()], legend
 
 
-def test_panels_are_titled_by_the_models_names_and_the_legend_by_methods():
+def test_panels_are_titled_by_parameter_and_the_legend_names_methods():
     results = {"nuts": schools(), "flow": schools(seed=2), "mean-field": schools(seed=4)}
     collection = plot_compare(results)
     assert list(panels(collection)) == ["mu", *(f"theta[{name}]" for name in SCHOOLS)]
@@ -78,7 +78,7 @@ def test_panels_are_titled_by_the_models_names_and_the_legend_by_methods():
         assert [line.get_color() for line in axes.lines] == colors
 
 
-def test_with_a_reference_the_worst_come_first_and_the_reference_is_black():
+def test_with_a_reference_the_largest_distances_come_first_and_the_reference_is_black():
     results = {"flow": schools(shift=2.0, seed=2), "nuts": schools()}
     collection = plot_compare(results, reference="nuts", max_panels=2)
     assert list(panels(collection)) == ["theta[Hotchkiss]", "theta[Deerfield]"]
@@ -92,22 +92,22 @@ def test_with_a_reference_the_worst_come_first_and_the_reference_is_black():
 
 
 @pytest.mark.parametrize(("var_names", "count"), [(None, 12), ("x", 15)])
-def test_the_number_of_panels_is_bounded_unless_variables_are_chosen(var_names, count):
+def test_number_of_panels_has_a_limit_that_is_higher_for_chosen_variables(var_names, count):
     results = {"a": {"x": normal(shape=(15,))}, "b": {"x": normal(shape=(15,), seed=1)}}
     assert len(panels(plot_compare(results, var_names=var_names))) == count
 
 
-def test_more_panels_than_arvizs_limit_can_be_asked_for():
+def test_max_panels_may_exceed_arvizs_limit():
     results = {"a": {"x": normal(draws=50, shape=(45,))}}
     assert len(panels(plot_compare(results, max_panels=41, backend="matplotlib"))) == 41
 
 
-def test_var_names_chooses_the_panels():
+def test_var_names_selects_the_panels():
     collection = plot_compare({"nuts": schools(), "flow": schools(seed=2)}, var_names=["mu"])
     assert list(panels(collection)) == ["mu"]
 
 
-def test_densities_are_those_of_the_draws_whatever_their_number():
+def test_densities_match_the_draws_for_any_number_of_draws():
     results = {"few": {"x": normal(3.0, 2.0, draws=500)}, "many": {"x": normal(-3.0, draws=5000)}}
     lines = panels(plot_compare(results))["x"].lines
     for line, loc, scale in zip(lines, (3.0, -3.0), (2.0, 1.0), strict=True):
@@ -119,7 +119,7 @@ def test_densities_are_those_of_the_draws_whatever_their_number():
         assert x.max() > loc + 2.5 * scale
 
 
-def test_heavy_tails_leave_room_for_the_rest():
+def test_heavy_tails_do_not_stretch_the_axis():
     rng = np.random.default_rng(5)
     drawn = rng.normal(size=4000)
     drawn[:4] = 1e6
@@ -127,7 +127,7 @@ def test_heavy_tails_leave_room_for_the_rest():
     assert np.abs(axes.get_xlim()).max() < 10
 
 
-def test_long_labels_are_broken_and_no_text_overlaps():
+def test_long_labels_are_wrapped_and_no_text_overlaps():
     kinds = [f"{floor}, with a garden" for floor in ("first floor", "second floor", "attic")]
     counties = ["Blue Earth", "Lac Qui Parle", "Yellow Medicine"]
     values = -9e4 * normal(2.0, shape=(3, 3))
@@ -157,7 +157,7 @@ def test_long_labels_are_broken_and_no_text_overlaps():
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(0.0, 2e5), (0.0, 2e-4), (-123456.0, 300.0)])
-def test_numbers_under_the_axes_do_not_overlap(loc, scale):
+def test_tick_labels_do_not_overlap(loc, scale):
     collection = plot_compare({"flow": {"x": normal(loc, scale, shape=(12,))}})
     collection.viz["figure"].item().canvas.draw()
     for axes in panels(collection).values():
@@ -182,7 +182,7 @@ def test_constants_have_no_panel():
         plot_compare(results, var_names="c")
 
 
-def test_settings_reach_arviz():
+def test_keyword_arguments_are_passed_to_arviz():
     collection = plot_compare(
         {"a": {"x": normal()}}, kind="ecdf", figure_kwargs={"figsize": (9, 4)}
     )
@@ -191,7 +191,7 @@ def test_settings_reach_arviz():
     assert tuple(collection.viz["figure"].item().get_size_inches()) == (9, 4)
 
 
-def test_the_backend_none_draws_nothing(monkeypatch):
+def test_backend_none_does_not_need_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     collection = plot_compare({"a": {"x": normal()}}, backend="none")
     assert collection.backend == "none"
@@ -211,7 +211,7 @@ def test_errors_of_plot_compare(results, options, message):
         plot_compare(results, **options)
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_error_without_matplotlib_names_the_extra(monkeypatch):
     for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -222,7 +222,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         plot_loss(types.SimpleNamespace(hist=normal()))
 
 
-def test_another_backends_library_is_named(monkeypatch):
+def test_error_without_another_backend_names_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(ImportError, match='pip install "bokeh"'):
         plot_compare({"a": {"x": normal()}}, backend="bokeh")
@@ -233,11 +233,11 @@ def fit(hist):
 
 
 def axes_of(collection):
-    """Give the Matplotlib axes of a collection's panels, in order."""
+    """Matplotlib axes of a plot's panels, in order."""
     return [axes for axes in collection.viz["figure"].item().axes if axes.get_visible()]
 
 
-def test_the_loss_and_its_running_median_against_steps_from_one():
+def test_loss_and_running_median_are_plotted_against_steps_from_one():
     loss = 20.0 + normal(draws=1000) + 5 * np.exp(-np.arange(1000) / 100)
     loss[500] = 1e3
     (axes,) = axes_of(plot_loss(fit(loss), window=51))
@@ -256,7 +256,7 @@ def test_steps_without_a_finite_loss_are_left_blank():
     assert_allclose(trend.get_ydata(), [4.0, 3.5, 3.0, 2.5, 2.0])
 
 
-def test_a_high_start_does_not_flatten_the_rest():
+def test_high_early_losses_do_not_flatten_the_rest():
     loss = 300 + normal(draws=2000) + 1e6 * np.exp(-np.arange(2000) / 4)
     (axes,) = axes_of(plot_loss(fit(loss)))
     low, high = axes.get_ylim()
@@ -274,7 +274,7 @@ def test_a_loss_that_starts_near_its_end_is_shown_whole(start):
     assert axes.get_title() == ""
 
 
-def test_stages_and_the_end_are_marked():
+def test_stages_are_marked_and_the_title_says_why_the_fit_ended():
     approx = fit(normal(draws=300))
     approx.fit_stats = {
         "stages": [{"first_step": 0}, {"first_step": 120}, {"first_step": 200}],
@@ -285,7 +285,7 @@ def test_stages_and_the_end_are_marked():
     assert axes.get_title() == "the importance weights are even"
 
 
-def test_quantiles_of_equals_lie_on_the_diagonal():
+def test_quantiles_of_equal_draws_lie_on_the_diagonal():
     results = {"flow": {"x": normal(draws=4000), "y": normal(3.0, draws=4000, seed=1)}}
     results["nuts"] = {"x": normal(draws=4000), "y": normal(0.0, draws=4000, seed=1)}
     worst, best = axes_of(plot_quantiles(results, reference="nuts"))
@@ -297,7 +297,7 @@ def test_quantiles_of_equals_lie_on_the_diagonal():
     assert_allclose(flow.get_ydata(), flow.get_xdata())
 
 
-def test_pairs_lie_over_each_other():
+def test_pairs_show_all_methods_in_each_panel():
     results = {"flow": schools(draws=300), "nuts": schools(draws=200, seed=5)}
     collection = plot_pairs(results, reference="nuts", max_parameters=3, draws=150)
     panels = axes_of(collection)
@@ -317,7 +317,7 @@ def test_a_forest_has_a_row_for_each_parameter():
 
 
 def weighted(slope):
-    """Draws whose weights have a Pareto tail of an index."""
+    """Draws whose weights have a Pareto tail with a given index."""
     log_p = slope * np.random.default_rng(1).exponential(size=(1, 4000))
     stats = xr.Dataset(
         {"log_p": (("chain", "draw"), log_p), "log_q": (("chain", "draw"), 0 * log_p)}
@@ -327,7 +327,7 @@ def weighted(slope):
 
 
 @pytest.mark.parametrize("tail", [0.3, 0.9])
-def test_the_tail_of_weights_falls_with_its_index(tail):
+def test_slope_of_the_weights_tail_is_its_index(tail):
     (axes,) = axes_of(plot_weights(weighted(tail)))
     (line,) = axes.lines
     x, y = line.get_xdata(), line.get_ydata()
@@ -339,7 +339,7 @@ def test_the_tail_of_weights_falls_with_its_index(tail):
     assert axes.get_title() == axes_of(plot_weights(again))[0].get_title()
 
 
-def test_the_warped_grid_is_the_flows_image_of_the_grid(python):
+def test_warp_is_the_flows_image_of_the_grid(python):
     with pm.Model():
         pm.Normal("x", shape=2)
         approx = NormalizingFlow("scale-loc", random_seed=1)
@@ -385,7 +385,7 @@ def test_every_plot_is_drawn_by_every_backend(backend, python):
         (lambda: plot_weights(weighted(0.3), backend="bokhe"), "did you mean bokeh"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(call, message):
+def test_errors_name_the_rule(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
