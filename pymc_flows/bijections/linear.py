@@ -1,4 +1,4 @@
-"""Linear maps that mix dimensions."""
+"""Linear and affine maps that mix dimensions: triangular, fixed, permuted, reflected, low rank."""
 
 from __future__ import annotations
 
@@ -16,8 +16,22 @@ from pymc_flows.bijections.factors import as_factor
 class LowerTriangular(Bijection):
     """Full affine map: ``x = L z + loc``, L lower triangular with a positive diagonal.
 
-    On standard normal noise it makes any Gaussian. Weights are ``loc`` (dim,), ``log_diagonal``
-    (dim,) and ``lower`` (dim, dim), of which only the strict lower triangle counts.
+    It maps standard normal noise to any Gaussian. The weights are ``loc`` (dim,), ``log_diagonal``
+    (dim,) and ``lower`` (dim, dim), of which only the strict lower triangle is used.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import LowerTriangular, Params
+    >>> layer = LowerTriangular(1)
+    >>> params = Params(pt.as_tensor([3.0, 0.0, 0.0]), layer.weight_shapes)  # loc, log diagonal
+    >>> x, log_det = layer.forward(pt.ones((1, 1)), params)
+    >>> x.eval(mode="FAST_COMPILE")
+    array([[4.]])
     """
 
     def init(self, rng):
@@ -30,7 +44,7 @@ class LowerTriangular(Bijection):
 
     def _cholesky_factor(self, params):
         mask = np.tri(self.dim, k=-1, dtype=params["lower"].dtype)
-        # not pt.diag: its indexing, and the gradient of that, compile slowly on numba
+        # not pt.diag: its indexing, and the gradient of the indexing, compile slowly on numba
         eye = np.eye(self.dim, dtype=params["lower"].dtype)
         return params["lower"] * mask + eye * pt.exp(params["log_diagonal"])
 
@@ -40,7 +54,7 @@ class LowerTriangular(Bijection):
         return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
 
     def carry_score(self, z, score, params):
-        """Map z to x; the score is solved for with L's transpose."""
+        """Map z to x; the score is multiplied with the inverse of L's transpose."""
         x, log_det = self.forward(z, params)
         upper = self._cholesky_factor(params).T
         score = pt.linalg.solve_triangular(upper, score.T, lower=False, b_ndim=2).T
@@ -84,7 +98,7 @@ class Whitening(Bijection):
     loc: np.ndarray
     factor: Any  # a Factor, once __post_init__ has run
 
-    # by identity: arrays neither hash nor compare to one truth
+    # by identity: arrays have neither a hash nor a single truth value
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -132,6 +146,18 @@ class Permutation(Bijection):
         Number of dimensions.
     order : tuple of int
         A permutation of ``range(dim)``.
+
+    Raises
+    ------
+    ValueError
+        If ``order`` is no permutation of ``range(dim)``.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import Params, Permutation
+    >>> x, _ = Permutation(2, (1, 0)).forward(pt.as_tensor([[3.0, 4.0]]), Params(pt.zeros(0), {}))
+    >>> x.eval(mode="FAST_COMPILE")
+    array([[4., 3.]])
     """
 
     order: tuple[int, ...]
@@ -142,7 +168,7 @@ class Permutation(Bijection):
             raise ValueError(f"order must be a permutation of range({self.dim}), got {self.order}")
 
     def init(self, rng):
-        """Nothing to train."""
+        """Return no weights: nothing is trained."""
         return {}
 
     def forward(self, z, params):
@@ -158,11 +184,25 @@ class Permutation(Bijection):
 class Householder(Bijection):
     """Reflection: ``x = z - 2 v (v·z) / |v|²`` (Tomczak & Welling 2016, arXiv:1611.09630, eq. 9).
 
-    A product of ``dim`` reflections is any rotation or reflection.
+    A product of ``dim`` reflections can be any rotation or reflection.
+
+    Parameters
+    ----------
+    dim : int
+        Number of dimensions.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import Householder, Params
+    >>> layer = Householder(2)
+    >>> params = Params(pt.as_tensor([1.0, 0.0]), layer.weight_shapes)
+    >>> x, _ = layer.forward(pt.as_tensor([[3.0, 4.0]]), params)
+    >>> x.eval(mode="FAST_COMPILE")
+    array([[-3.,  4.]])
     """
 
     def init(self, rng):
-        """Draw the normal of the mirror at random; no reflection is near the identity."""
+        """Draw the direction v at random; no reflection is near the identity."""
         return {"v": rng.normal(size=self.dim)}
 
     def forward(self, z, params):
@@ -175,25 +215,40 @@ class Householder(Bijection):
         return *self.forward(z, params), self.forward(score, params)[0]
 
     def inverse(self, x, params):
-        """Map x (draws, dim) to z (draws, dim): a reflection undoes itself."""
+        """Map x (draws, dim) to z (draws, dim): a reflection is its own inverse."""
         return self.forward(x, params)
 
 
 @dataclass(frozen=True)
 class LU(Bijection):
-    """Linear map by its LU factors: ``x = P L (U + diag(s)) z``, s positive.
+    """Linear map given by its LU factors: ``x = P L (U + diag(s)) z``, s positive.
 
-    Glow's 1x1 convolution on vectors (Kingma & Dhariwal 2018, arXiv:1807.03039, eq. 10). L has a
-    unit diagonal, U is strictly upper triangular, and ``log|det| = Σ log s``. Weights are
-    ``log_diagonal`` (dim,), of s, and ``factors`` (dim, dim), L below its diagonal and U above.
+    It is Glow's 1x1 convolution on vectors (Kingma & Dhariwal 2018, arXiv:1807.03039, eq. 10). L
+    has a unit diagonal, U is strictly upper triangular, and ``log|det| = Σ log s``. The weights are
+    ``log_diagonal`` (dim,), the logarithms of s, and ``factors`` (dim, dim), which holds L below
+    its diagonal and U above.
 
     Parameters
     ----------
     dim : int
         Number of dimensions.
     order : tuple of int, optional
-        The fixed permutation P: element i of x is element ``order[i]`` of the product. By default
-        none, and the map starts at the identity.
+        The fixed permutation P: element i of x is element ``order[i]`` of the product. Without it,
+        the default, the map starts at the identity.
+
+    Raises
+    ------
+    ValueError
+        If ``order`` is no permutation of ``range(dim)``.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import LU, Params
+    >>> layer = LU(1)
+    >>> params = Params(pt.log([2.0, 1.0]), layer.weight_shapes)  # log s, factors
+    >>> x, _ = layer.forward(pt.ones((1, 1)), params)
+    >>> x.eval(mode="FAST_COMPILE").round(6)
+    array([[2.]])
     """
 
     order: tuple[int, ...] | None = None
@@ -201,10 +256,10 @@ class LU(Bijection):
     def __post_init__(self):
         super().__post_init__()
         if self.order is not None:
-            Permutation(self.dim, self.order)  # checks it
+            Permutation(self.dim, self.order)  # raises an error for an invalid order
 
     def init(self, rng):
-        """Start at the permutation alone."""
+        """Start at the permutation P."""
         return {
             "log_diagonal": np.zeros(self.dim),
             "factors": np.zeros((self.dim, self.dim)),
@@ -229,7 +284,7 @@ class LU(Bijection):
         return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
 
     def carry_score(self, z, score, params):
-        """Map z to x; the score is solved for with the factors' transposes."""
+        """Map z to x; the score is multiplied with the inverses of the factors' transposes."""
         lower, upper = self._lower_upper(params)
         score = pt.linalg.solve_triangular(upper.T, score.T, lower=True, b_ndim=2)
         score = pt.linalg.solve_triangular(lower.T, score, lower=False, b_ndim=2).T
@@ -245,21 +300,35 @@ class LU(Bijection):
 
 @dataclass(frozen=True)
 class LowRank(Bijection):
-    """Stretch along a few directions, squeeze along others: ``x = (I + V Vᵀ) (I + W Wᵀ)⁻¹ z``.
+    """Stretch a few directions, squeeze others: ``x = (I + V Vᵀ) (I + W Wᵀ)⁻¹ z``.
 
-    V and W have ``rank`` columns each. Followed by scales it makes Gaussians whose covariance, or
-    precision, is a diagonal and a low rank: priors that data narrow in a few directions, or factors
-    that many dimensions share. By the determinant lemma the log-det is
-    ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``, of matrices of ``rank`` rows whose eigenvalues are at
-    least 1; by Woodbury's identity each factor is undone exactly, in O(dim rank). Weights are
-    V and W, ``stretch`` and ``squeeze`` (dim, rank).
+    V and W have ``rank`` columns each. Followed by scales, the map makes Gaussians whose covariance
+    or precision is a diagonal plus a low rank, such as those of factors that many dimensions share,
+    and of priors that data narrow in a few directions. By the determinant lemma the log-determinant
+    is ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``; these matrices have ``rank`` rows, and eigenvalues
+    of at least 1. By Woodbury's identity each factor is inverted exactly, in O(dim rank). The
+    weights are V and W, named ``stretch`` and ``squeeze`` (dim, rank).
 
     Parameters
     ----------
     dim : int
         Number of dimensions.
     rank : int
-        Number of directions to stretch along, and to squeeze along; from 1 to ``dim``.
+        Number of directions to stretch, and to squeeze; from 1 to ``dim``.
+
+    Raises
+    ------
+    ValueError
+        If ``rank`` is not from 1 to ``dim``.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import LowRank, Params
+    >>> layer = LowRank(2, rank=1)
+    >>> weights = pt.as_tensor([1.0, 0.0, 0.0, 1.0])  # stretch the first axis, squeeze the second
+    >>> x, _ = layer.forward(pt.ones((1, 2)), Params(weights, layer.weight_shapes))
+    >>> x.eval(mode="FAST_COMPILE").round(6)
+    array([[2. , 0.5]])
     """
 
     rank: int
@@ -269,8 +338,8 @@ class LowRank(Bijection):
         _check_rank(self)
 
     def init(self, rng):
-        """Start at the identity, V and W equal, in random directions."""
-        # were both zero, so would be their gradients
+        """Start at the identity: V and W are equal, with random directions."""
+        # not zero, because their gradients would be zero too
         directions = rng.normal(size=(self.dim, self.rank)) / self.dim**0.5
         return {"stretch": directions, "squeeze": directions.copy()}
 
@@ -287,7 +356,7 @@ class LowRank(Bijection):
         return x, pt.zeros_like(z[:, 0]) + _log_det(root_v) - _log_det(root_w)
 
     def carry_score(self, z, score, params):
-        """Map z to x; the score is stretched along W and squeezed along V."""
+        """Map z to x; the score is stretched along W, and squeezed along V."""
         (v, w), (root_v, _) = self._columns(params)
         return *self.forward(z, params), _squeezed(_stretched(score, w), v, root_v)
 
