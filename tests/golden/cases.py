@@ -183,7 +183,7 @@ def low_rank(vfam):
 
     def build(model):
         vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
-        packed = pmf.bijections.linear.low_rank_factor(np.arange(1.0, 9.0), vectors, 3 * vectors)
+        packed = np.column_stack([np.arange(1.0, 9.0), vectors, 3 * vectors])
         options = {"n_layers": 1, "hidden": (4,)} if vfam == "flow" else {}
         approx = one_flow(vfam, **options)(model)
         approx.groups[0].place(np.arange(8.0), packed)
