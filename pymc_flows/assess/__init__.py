@@ -1,1 +1,1 @@
-"""How good a posterior is: diagnosis, comparison, calibration and their plots."""
+"""Assess approximate posteriors: diagnosis, comparison, calibration, and plots."""

@@ -122,7 +122,7 @@ def disagreeing_restarts(found: Measurements) -> Finding | None:
 
 
 def draws_without_density(found: Measurements) -> Finding | None:
-    """More than a few draws lie where the model has no finite density."""
+    """The model has no finite density at a larger share of the draws than is tolerated."""
     if found.invalid_draws > THRESHOLDS.invalid_share * found.n_draws:
         return Finding(
             f"the model has no finite density at {found.invalid_draws} of {found.n_draws} draws",

@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 # Width and height of the figure, in inches.
 SIZE = (7.0, 3.5)
 
-# Default window of the running median, as a divisor of the number of steps.
+# The default window of the running median is the number of steps divided by this.
 WINDOWS_PER_FIT = 50
 
-# The first steps, one over this share of all, do not decide the limits of the vertical axis.
+# Early steps are the number of steps divided by this; a cut axis need not show their losses.
 EARLY_STEPS = 10
 
-# The vertical axis is cut if all losses span more than this times the span of the later losses.
+# Levels of the later losses between which their span is measured, so that outliers do not count.
+SPAN_LEVELS = (0.001, 0.999)
+
+# The vertical axis is cut if all losses span at least this many times as much as the later ones.
 CUT_RATIO = 5
 
-# Room above and below the later losses, as a share of their span.
+# Room above and below the later losses on a cut axis, as a share of their span.
 MARGIN = 0.25
 
 
@@ -141,7 +144,7 @@ def _limits(loss: pd.Series, trend: pd.Series) -> tuple[float, float] | None:
     later = pd.concat(
         [loss[len(loss) // EARLY_STEPS :], trend[len(trend) // EARLY_STEPS :]]
     ).dropna()
-    low, high = later.quantile([0.001, 0.999]) if len(later) else (0.0, 0.0)
+    low, high = later.quantile(list(SPAN_LEVELS)) if len(later) else (0.0, 0.0)
     span = high - low
     if not span or loss.max() - loss.min() < CUT_RATIO * span:
         return None
