@@ -1,0 +1,47 @@
+"""The record of a fit: a mapping of documented keys, of which those without a value are absent."""
+
+import json
+
+import pytest
+
+from pymc_flows.posterior.record import KEYS, FitStats
+
+
+def test_keys_without_a_value_are_absent():
+    stats = FitStats(steps=3)
+    assert stats["steps"] == 3
+    assert "elbo" not in stats
+    assert stats.get("elbo", 1.5) == 1.5
+    with pytest.raises(KeyError, match="elbo"):
+        stats["elbo"]
+
+
+def test_an_attribute_that_is_set_appears_as_a_key():
+    stats = FitStats()
+    n_before = len(stats)
+    stats.elbo = -3.0
+    assert dict(stats)["elbo"] == -3.0
+    assert len(stats) == n_before + 1
+
+
+@pytest.mark.parametrize("name", ["to_dict", "no_such_key"])
+def test_only_keys_are_keys(name):
+    with pytest.raises(KeyError, match=name):
+        FitStats()[name]
+
+
+def test_every_key_is_documented():
+    assert all(f"\n    {key} : " in (FitStats.__doc__ or "") for key in KEYS)
+
+
+def test_a_record_survives_a_file_and_keys_of_other_versions_are_left_out():
+    stats = FitStats(steps=3, elbo=-1.0, stages=[{"steps": 3}])
+    saved = json.loads(json.dumps(stats.to_dict()))
+    again = FitStats.from_dict({**saved, "of_a_later_version": 1})
+    assert dict(again) == dict(stats)
+
+
+def test_records_do_not_share_their_seconds():
+    one, other = FitStats(), FitStats()
+    one.seconds["start"] = 5.0
+    assert other.seconds["start"] == 0.0
