@@ -13,7 +13,8 @@ from pytensor.compile.mode import Mode
 
 from pymc_flows import NormalizingFlow
 from pymc_flows.bijections import Params
-from pymc_flows.fit.objective import Pulled, Target, build_objective
+from pymc_flows.fit.density import LogDensityAndScore, TransformedDensity
+from pymc_flows.fit.objective import build_objective
 from pymc_flows.model.noncentering import find_noncentering
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
@@ -154,19 +155,19 @@ def test_a_draw_without_weight_leaves_the_gradient_finite(python):
 def test_one_compiled_function_serves_every_parametrisation(python):
     approx = NormalizingFlow("loc", model=hierarchy(PRIORS["normal"]))
     layer = layer_of(approx.model)
-    target = Target(approx, 2, compile_kwargs={"mode": python})
-    first = Pulled(target, layer, compile_kwargs={"mode": python})
+    density = LogDensityAndScore(approx, 2, compile_kwargs={"mode": python})
+    first = TransformedDensity(density, layer, compile_kwargs={"mode": python})
     y = np.random.default_rng(5).normal(size=(2, layer.dim))
     before, moves = first(y), 1e-5 * np.eye(layer.dim)
     for logit in (-6.0, 6.0):
-        pulled = first.with_layer(replace(layer, start=logit))
-        x = pulled.redo(y)
-        assert_allclose(pulled.undo(x), y, rtol=1e-10, atol=1e-12)
-        slopes = [(pulled.redo(y + m) - pulled.redo(y - m)) / 2e-5 for m in moves]
+        transformed = first.with_bijection(replace(layer, start=logit))
+        x = transformed.forward(y)
+        assert_allclose(transformed.inverse(x), y, rtol=1e-10, atol=1e-12)
+        slopes = [(transformed.forward(y + m) - transformed.forward(y - m)) / 2e-5 for m in moves]
         _, log_det = np.linalg.slogdet(np.stack(slopes, axis=1))
-        log_p, score = pulled(y)
-        assert_allclose(log_p, target(x)[0] + log_det, rtol=1e-7)
-        steps = [(pulled(y + m)[0] - pulled(y - m)[0]) / 2e-5 for m in moves]
+        log_p, score = transformed(y)
+        assert_allclose(log_p, density(x)[0] + log_det, rtol=1e-7)
+        steps = [(transformed(y + m)[0] - transformed(y - m)[0]) / 2e-5 for m in moves]
         assert_allclose(score, np.stack(steps, axis=1), rtol=1e-5, atol=1e-6)
     for left, right in zip(first(y), before, strict=True):
         assert_allclose(left, right)
