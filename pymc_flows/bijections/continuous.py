@@ -1,20 +1,24 @@
-"""Continuous layers: the flow of an ordinary differential equation."""
+"""Continuous normalizing flows: the map is the solution of an ordinary differential equation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
 from pytensor.gradient import disconnected_grad
+from pytensor.tensor.variable import TensorVariable
 
-from pymc_flows.bijections.base import Bijection
+from pymc_flows.bijections.base import Bijection, Params, ValueLogDet, ValueLogDetScore, Weights
 from pymc_flows.bijections.residual import contract
 
-# Dormand & Prince 1980, table 2: a stage's place in the step, and the shares of the earlier slopes;
-# the last stage is the step's end, of fifth order. Then its difference from that of fourth order.
-STAGES = (
+# Stages of the fifth-order Runge-Kutta method of Dormand & Prince 1980, table 2. Each stage has its
+# position in the step, as a fraction of it, and the weights of the earlier stages' slopes. The last
+# stage is the fifth-order solution at the end of the step.
+DORMAND_PRINCE_STAGES = (
     (0, ()),
     (1 / 5, (1 / 5,)),
     (3 / 10, (3 / 40, 9 / 40)),
@@ -23,26 +27,39 @@ STAGES = (
     (1, (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656)),
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
-DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-# of the time to go, the first step that is tried
+# Weights of the slopes in the fifth-order solution less the fourth-order one, from the same table:
+# the estimate of a step's error.
+DORMAND_PRINCE_ERROR_WEIGHTS = (
+    71 / 57600,
+    0,
+    -71 / 16695,
+    71 / 1920,
+    -17253 / 339200,
+    22 / 525,
+    -1 / 40,
+)
+# Length of the first step that is tried, in units of time (the flow runs from time 0 to 1). Chosen
+# as a round number: the error estimate adapts it within a few steps.
 FIRST_STEP = 0.25
 
 
 @dataclass(frozen=True)
 class Continuous(Bijection):
-    """Where a velocity field takes a point from time 0 to 1: ``dz/dt = tanh(z W0 + b + t c) W1``.
+    """Move a point along a velocity field from time 0 to 1: ``dz/dt = tanh(z W0 + b + t c) W1``.
 
-    Chen et al. 2018 (arXiv:1806.07366) and Grathwohl et al. 2019 (FFJORD, arXiv:1810.01367). The log-det
-    is the integral of the velocity's divergence (their eq. 2-3), and the score has an equation too. With one
-    hidden layer the divergence is a sum over its units, as cheap as the velocity at any ``dim``: it is
-    exact, where an estimate of Hutchinson's would not be the density of the draws.
+    Chen et al. 2018 (arXiv:1806.07366) and Grathwohl et al. 2019 (FFJORD, arXiv:1810.01367). The
+    log-determinant is the integral of the velocity's divergence (their eq. 2-3). The score solves a
+    differential equation too. With one hidden layer the divergence is a sum over the hidden units
+    and costs no more than the velocity at any ``dim``. It is exact; with Hutchinson's estimate the
+    result would not be the density of the draws.
 
-    All are integrated by Runge and Kutta's fourth-order rule in ``n_steps`` equal steps, or, with a
-    ``tolerance``, by Dormand and Prince's of fifth order in steps that each draw chooses for itself,
-    from its own error estimate, so that its density does not depend on what is drawn beside it.
-    Log-det and inverse are those of the flow up to the solver's error, which of equal steps falls with
-    their fourth power; W1 is scaled down where the product of the matrices' norms may exceed
-    ``lipschitz``, which bounds that error and the stretch of any direction, to ``exp(± lipschitz)``.
+    All three are integrated by the classical fourth-order Runge-Kutta method in ``n_steps`` equal
+    steps, or, if a ``tolerance`` is given, by the fifth-order method of Dormand and Prince with
+    adaptive steps. Each draw has its own adaptive steps, from its own error estimate, so its
+    density does not depend on the other draws. Log-determinant and inverse are exact up to the
+    solver's error, which falls with the fourth power of the step length for equal steps. W1 is
+    scaled down if the product of the matrices' norms may exceed ``lipschitz``. This bounds the
+    solver's error, and the factor by which any direction is stretched, to ``exp(± lipschitz)``.
 
     Parameters
     ----------
@@ -51,13 +68,31 @@ class Continuous(Bijection):
     hidden : int, default 32
         Units of the velocity's hidden layer.
     n_steps : int, default 16
-        Steps of the solver; with a ``tolerance`` the most that it may try. All are computed, for a loop
-        of PyTensor's on JAX can't stop early.
+        Steps of the solver; with a ``tolerance``, the largest number of steps that it tries. All of
+        them are always computed, because a PyTensor loop cannot stop early on JAX.
     lipschitz : float, default 4
         Bound of the velocity's Lipschitz constant.
     tolerance : float, optional
-        Largest local error of a step, beside 1 or the value where that is larger. Where ``n_steps`` are
-        not enough to keep it, x and the log-det are nan. Equal steps otherwise.
+        Largest local error of a step, relative to the value's size if that is above 1 and absolute
+        otherwise. x and the log-determinant are NaN if ``n_steps`` steps cannot meet it. Without a
+        tolerance the steps are equal.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pytensor.tensor as pt
+    >>> from pymc_flows.bijections import Continuous, Params, flatten
+    >>> layer = Continuous(2, hidden=8)
+    >>> weights = flatten(layer.init(np.random.default_rng(0)))
+    >>> params = Params(pt.as_tensor(weights), layer.weight_shapes)
+    >>> x, log_det = layer.forward(pt.as_tensor(np.ones((5, 2))), params)
+    >>> x.type.shape
+    (5, 2)
     """
 
     hidden: int = 32
@@ -65,7 +100,7 @@ class Continuous(Bijection):
     lipschitz: float = 4.0
     tolerance: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden", "n_steps"):
             if getattr(self, name) < 1:
@@ -77,8 +112,8 @@ class Continuous(Bijection):
         if self.tolerance is not None and self.n_steps < 2:
             raise ValueError(f"n_steps must be at least 2 with a tolerance, got {self.n_steps}")
 
-    def init(self, rng):
-        """Draw hidden weights as Glorot & Bengio 2010 do; the velocity starts at zero."""
+    def init(self, rng: np.random.Generator) -> Weights:
+        """Draw hidden weights by the rule of Glorot & Bengio 2010; the velocity starts at zero."""
         limit = (6 / (self.dim + self.hidden)) ** 0.5
         return {
             "w0": rng.uniform(-limit, limit, size=(self.dim, self.hidden)),
@@ -87,10 +122,19 @@ class Continuous(Bijection):
             "w1": np.zeros((self.hidden, self.dim)),
         }
 
-    def _rates(self, time, weights, z, score=None):
-        """Rates of z, of the log-det, and of the score where there is one; a time, or one a draw."""
+    def _rates(
+        self,
+        time: Any,
+        weights: Sequence[TensorVariable],
+        z: TensorVariable,
+        score: TensorVariable | None = None,
+    ) -> list[TensorVariable]:
+        """Time derivatives of z, of the log-determinant, and of the score if one is given.
+
+        ``time`` is one number or one per draw.
+        """
         w0, w1, b, c = weights
-        units = pt.tanh(z @ w0 + b + _times(time, c[None]))
+        units = pt.tanh(z @ w0 + b + _times_row(time, c[None]))
         slopes = 1 - units**2
         shares = (w0.T * w1).sum(axis=1)
         rates = [units @ w1, (slopes * shares).sum(axis=1)]
@@ -99,33 +143,43 @@ class Continuous(Bijection):
             rates.append((slopes * (2 * units * shares - score @ w1.T)) @ w0.T)
         return rates
 
-    def _integrate(self, params, z, *score, backwards=False):
-        """Carry (z, log-det, and the score where there is one) from one end of time to the other."""
+    def _integrate(
+        self,
+        params: Params,
+        z: TensorVariable,
+        *score: TensorVariable,
+        backwards: bool = False,
+    ) -> Any:
+        """Integrate z, the log-determinant, and the score if one is given, over the whole time."""
         start = [z, pt.zeros_like(z[:, 0]), *score]
-        # before the loop, which would do it again at every step
+        # outside the loop, which would repeat it at every step
         matrices = contract([params["w0"], params["w1"]], self.lipschitz)
         weights = [*matrices, params["b"], params["c"]]
-        solve = self._equal_steps if self.tolerance is None else self._own_steps
-        return [
+        solve = self._fixed_steps if self.tolerance is None else self._adaptive_steps
+        return tuple(
             pt.specify_shape(end, first.type.shape)
             for end, first in zip(solve(start, weights, backwards), start, strict=True)
-        ]
+        )
 
-    def _equal_steps(self, start, weights, backwards):
-        """Solve by Runge and Kutta's rule."""
+    def _fixed_steps(
+        self, start: list[TensorVariable], weights: list[TensorVariable], backwards: bool
+    ) -> list[TensorVariable]:
+        """Solve by the classical Runge-Kutta method of fourth order."""
         dtype = start[0].dtype
         step = np.asarray((-1 if backwards else 1) / self.n_steps, dtype=dtype)
         times = np.linspace(0, 1, self.n_steps, endpoint=False, dtype=dtype)
 
-        def runge_kutta(time, *args):
+        def runge_kutta(time: TensorVariable, *args: TensorVariable) -> list[TensorVariable]:
             state, weights = args[: len(start)], args[len(start) :]
 
-            def rates(share, earlier=None):
-                moved = state
+            def rates(
+                fraction: float, earlier: list[TensorVariable] | None = None
+            ) -> list[TensorVariable]:
+                moved: Sequence[TensorVariable] = state
                 if earlier is not None:
-                    moved = [s + share * step * r for s, r in zip(state, earlier, strict=True)]
+                    moved = [s + fraction * step * r for s, r in zip(state, earlier, strict=True)]
                 z, _, *score = moved
-                return self._rates(time + share * step, weights, z, *score)
+                return self._rates(time + fraction * step, weights, z, *score)
 
             first = rates(0.0)
             second = rates(0.5, first)
@@ -136,7 +190,7 @@ class Continuous(Bijection):
                 for s, a, b, c, d in zip(state, first, second, third, fourth, strict=True)
             ]
 
-        found = pytensor.scan(
+        path = pytensor.scan(
             runge_kutta,
             sequences=[pt.constant(1 - times if backwards else times)],
             outputs_info=start,
@@ -144,73 +198,99 @@ class Continuous(Bijection):
             strict=True,
             return_updates=False,
         )
-        return [all_[-1] for all_ in found]
+        return [values[-1] for values in path]
 
-    def _own_steps(self, start, weights, backwards):
-        """Solve by Dormand and Prince's rule, each draw in steps of its own; nan where they are too few."""
+    def _adaptive_steps(
+        self, start: list[TensorVariable], weights: list[TensorVariable], backwards: bool
+    ) -> list[TensorVariable]:
+        """Solve by the method of Dormand and Prince, with separate adaptive steps for each draw.
+
+        The result is NaN for draws that ``n_steps`` steps do not bring to the end.
+        """
         z = start[0]
         direction = np.asarray(-1 if backwards else 1, dtype=z.dtype)
 
-        def dormand_prince(gone, tried, *args):
+        def dormand_prince(
+            elapsed: TensorVariable, proposed: TensorVariable, *args: TensorVariable
+        ) -> list[TensorVariable]:
             state, weights = args[: len(start)], args[len(start) :]
-            step = pt.minimum(tried, 1 - gone)
-            signed, time = direction * step, 1 - gone if backwards else gone
-            slopes, moved = [], state
-            for place, shares in STAGES:
-                if shares:
-                    moved = [s + change for s, change in zip(state, _sums(signed, shares, slopes), strict=True)]  # fmt: skip
+            step = pt.minimum(proposed, 1 - elapsed)
+            signed, time = direction * step, 1 - elapsed if backwards else elapsed
+            slopes: list[list[TensorVariable]] = []
+            moved: Sequence[TensorVariable] = state
+            for position, stage_weights in DORMAND_PRINCE_STAGES:
+                if stage_weights:
+                    changes = _weighted_sums(signed, stage_weights, slopes)
+                    moved = [s + change for s, change in zip(state, changes, strict=True)]
                 z, _, *score = moved
-                slopes.append(self._rates(time + place * signed, weights, z, *score))
-            # of z and the log-det alone, so that the draws are the same with a score and without
-            error, off = 0, list(_sums(signed, DIFFERENCE, slopes))
-            for s, m, by in list(zip(state, moved, off, strict=True))[:2]:
-                scaled = abs(by) / (1 + pt.maximum(abs(s), abs(m)))
+                slopes.append(self._rates(time + position * signed, weights, z, *score))
+            # The error is that of z and the log-determinant alone, so that the draws are the same
+            # with and without a score.
+            error: Any = 0
+            errors = list(_weighted_sums(signed, DORMAND_PRINCE_ERROR_WEIGHTS, slopes))
+            for s, m, difference in list(zip(state, moved, errors, strict=True))[:2]:
+                scaled = abs(difference) / (1 + pt.maximum(abs(s), abs(m)))
                 error = pt.maximum(error, scaled if scaled.ndim == 1 else scaled.max(axis=1))
-            # what a step is worth is chosen by the error, not trained for
+            # no gradient: the step length is set by the error and not trained
             error = disconnected_grad(error) / np.asarray(self.tolerance, dtype=z.dtype)
-            kept = error <= 1
-            next_step = step * pt.clip(0.9 * pt.maximum(error, 1e-6) ** -0.2, 0.2, 5.0)
-            state = [pt.switch(_column(kept, s), m, s) for s, m in zip(state, moved, strict=True)]
-            gone = disconnected_grad(pt.switch(kept, gone + step, gone))
-            return [gone, disconnected_grad(next_step), *state]
+            accepted = error <= 1
+            next_step = step * _step_factor(error)
+            after = [
+                pt.switch(_as_column(accepted, s), m, s) for s, m in zip(state, moved, strict=True)
+            ]
+            elapsed = disconnected_grad(pt.switch(accepted, elapsed + step, elapsed))
+            return [elapsed, disconnected_grad(next_step), *after]
 
-        none = disconnected_grad(pt.zeros_like(z[:, 0]))
-        gone, _, *found = pytensor.scan(
+        zero = disconnected_grad(pt.zeros_like(z[:, 0]))
+        elapsed, _, *path = pytensor.scan(
             dormand_prince,
-            outputs_info=[none, none + FIRST_STEP, *start],
+            outputs_info=[zero, zero + FIRST_STEP, *start],
             non_sequences=weights,
             n_steps=self.n_steps,
             strict=True,
             return_updates=False,
         )
-        arrived = gone[-1] >= 1 - 4 * np.finfo(z.dtype).eps
-        return [pt.switch(_column(arrived, all_[-1]), all_[-1], np.nan) for all_ in found]
+        finished = elapsed[-1] >= 1 - 4 * np.finfo(z.dtype).eps
+        return [pt.switch(_as_column(finished, v[-1]), v[-1], np.nan) for v in path]
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
-        return tuple(self._integrate(params, z))
+        return self._integrate(params, z)
 
-    def inverse(self, x, params):
-        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,), back in time."""
-        return tuple(self._integrate(params, x, backwards=True))
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
+        """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,), backwards in time."""
+        return self._integrate(params, x, backwards=True)
 
-    def carry_score(self, z, score, params):
-        """Map z to x; the score by an equation of its own."""
-        return tuple(self._integrate(params, z, score))
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
+        """Map z to x, and integrate the score's own differential equation."""
+        return self._integrate(params, z, score)
 
 
-def _column(by_draw, like):
-    """One number a draw, to go with an array of as many dimensions as ``like``."""
+def _step_factor(error: TensorVariable) -> TensorVariable:
+    """Factor (draws,) by which to change the step, from the error in units of the tolerance.
+
+    The fifth-order method's optimum, ``error^(-1/5)``, times a safety factor of 0.9; the factor
+    stays between 0.2 and 5 (see Hairer, Nørsett & Wanner 1993, section II.4, for such limits).
+    """
+    return pt.clip(0.9 * pt.maximum(error, 1e-6) ** -0.2, 0.2, 5.0)
+
+
+def _as_column(by_draw: TensorVariable, like: TensorVariable) -> TensorVariable:
+    """Reshape one number per draw so that it broadcasts with ``like`` (draws,) or (draws, dim)."""
     return by_draw[:, None] if like.ndim == 2 else by_draw
 
 
-def _times(by_draw, row):
-    """Times a row (1, n): one number, or one a draw."""
+def _times_row(by_draw: Any, row: TensorVariable) -> TensorVariable:
+    """Multiply a row (1, n) by one number, or by one number per draw."""
     return (by_draw[:, None] if by_draw.ndim == 1 else by_draw) * row
 
 
-def _sums(step, shares, slopes):
-    """The step times the weighted sum of slopes, for each part of the state."""
+def _weighted_sums(
+    step: TensorVariable, weights: Sequence[float], slopes: Sequence[Sequence[TensorVariable]]
+) -> Iterator[TensorVariable]:
+    """Yield the step times the weighted sum of the stages' slopes, for each part of the state."""
     for parts in zip(*slopes, strict=True):
-        total = sum(share * part for share, part in zip(shares, parts, strict=False) if share)
-        yield _column(step, total) * total
+        total: Any = sum(w * part for w, part in zip(weights, parts, strict=False) if w)
+        yield _as_column(step, total) * total

@@ -1059,10 +1059,10 @@ def test_chain_has_an_inverse_only_if_every_layer_has():
         (lambda: LU(2, (0, 0)), "permutation of range(2), got (0, 0)"),
         (lambda: LowRank(3, 0), "rank of LowRank must be from 1 to dim, 3, got 0"),
         (lambda: Sylvester(3, 4), "rank of Sylvester must be from 1 to dim, 3, got 4"),
-        (lambda: Sylvester(3, 2, "triangular"), "rank must be dim, 3, where kind is 'triangular'"),
+        (lambda: Sylvester(3, 2, "triangular"), "rank must be dim, 3, if kind is 'triangular'"),
         (lambda: Sylvester(3, 2, "householder "), "kind must be one of ('orthogonal', 'house"),
-        (lambda: Chain([]), "layers of Chain must be at least one, got none"),
-        (lambda: Chain([Loc(2), Loc(3)]), "layers of Chain must have one dim, got [2, 3]"),
+        (lambda: Chain([]), "layers of Chain must hold at least one layer, got none"),
+        (lambda: Chain([Loc(2), Loc(3)]), "layers of Chain must all have the same dim, got [2, 3]"),
     ],
 )
 def test_bad_settings_name_the_rule_and_the_value(make, message):

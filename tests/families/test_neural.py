@@ -41,8 +41,8 @@ def test_options_of_the_neural_families_reach_their_layers(name, options, layer)
     ("name", "options", "message"),
     [
         ("naf", {"n_units": 0}, "n_units must be a whole number of at least 1, got 0"),
-        ("bnaf", {"hidden": ()}, r"hidden must be widths of at least 1, one or more, got \(\)"),
-        ("residual", {"hidden": ()}, r"hidden must be widths of at least 1, one or more, got \(\)"),
+        ("bnaf", {"hidden": ()}, r"hidden must be one or more widths of at least 1, got \(\)"),
+        ("residual", {"hidden": ()}, r"hidden must be one or more widths of at least 1, got \(\)"),
         ("residual", {"lipschitz": 1.0}, "lipschitz must be between 0 and 1, got 1.0"),
         ("cnf", {"n_steps": 0}, "n_steps must be a whole number of at least 1, got 0"),
         (

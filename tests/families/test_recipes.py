@@ -113,7 +113,7 @@ def test_triangular_sylvester_alternates_the_order():
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"rank": 4}, "rank of Sylvester must be from 1 to dim, 3, got 4"),
         ({"kind": "orthogonl"}, "kind must be one of .* got 'orthogonl'"),
-        ({"kind": "triangular", "rank": 2}, "rank must be dim, 3, where kind is 'triangular'"),
+        ({"kind": "triangular", "rank": 2}, "rank must be dim, 3, if kind is 'triangular'"),
     ],
 )
 def test_errors_name_invalid_options_of_sylvester(options, message):

@@ -344,12 +344,15 @@ def test_weights_are_correlated_unless_a_side_is_long(shape):
     [
         (lambda: GatedCoupling(2, (1, 1)), "mask must be 2 of 0 and 1, at least one of them 0"),
         (lambda: GatedCoupling(2, (0,)), "mask must be 2 of 0 and 1"),
-        (lambda: GatedCoupling(2, (0, 1), hidden=0), "hidden must be a width of at least 1, got 0"),
+        (lambda: GatedCoupling(2, (0, 1), hidden=0), "hidden must be at least 1, got 0"),
         (
             lambda: Multiplicative((2, 0), Loc(2), Loc(2)),
             "shape must be rows and columns, at least",
         ),
-        (lambda: Multiplicative((2, 3), Loc(3), Loc(2)), "dim of flow must be the rows, 2, got 3"),
+        (
+            lambda: Multiplicative((2, 3), Loc(3), Loc(2)),
+            "dim of flow must be the number of rows, 2, got 3",
+        ),
     ],
 )
 def test_impossible_layers_are_errors(build, message):
