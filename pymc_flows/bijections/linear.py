@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytensor.tensor as pt
+from pytensor.tensor.variable import TensorVariable
 
-from pymc_flows.bijections.base import Bijection
+from pymc_flows.bijections.base import Bijection, Params, ValueLogDet, ValueLogDetScore, Weights
 from pymc_flows.bijections.factors import as_factor
 
 
@@ -34,7 +35,7 @@ class LowerTriangular(Bijection):
     array([[4.]])
     """
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Start at the identity."""
         return {
             "loc": np.zeros(self.dim),
@@ -42,25 +43,27 @@ class LowerTriangular(Bijection):
             "lower": np.zeros((self.dim, self.dim)),
         }
 
-    def _cholesky_factor(self, params):
+    def _cholesky_factor(self, params: Params) -> TensorVariable:
         mask = np.tri(self.dim, k=-1, dtype=params["lower"].dtype)
         # not pt.diag: its indexing, and the gradient of the indexing, compile slowly on numba
         eye = np.eye(self.dim, dtype=params["lower"].dtype)
         return params["lower"] * mask + eye * pt.exp(params["log_diagonal"])
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
         x = z @ self._cholesky_factor(params).T + params["loc"]
         return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
 
-    def carry_score(self, z, score, params):
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
         """Map z to x; the score is multiplied with the inverse of L's transpose."""
         x, log_det = self.forward(z, params)
         upper = self._cholesky_factor(params).T
         score = pt.linalg.solve_triangular(upper, score.T, lower=False, b_ndim=2).T
         return x, log_det, score
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         factor = self._cholesky_factor(params)
         z = pt.linalg.solve_triangular(factor, (x - params["loc"]).T, lower=True, b_ndim=2).T
@@ -115,23 +118,25 @@ class Whitening(Bijection):
         factor.check_invertible()
         object.__setattr__(self, "factor", factor)
 
-    def _log_det(self, like):
+    def _log_det(self, like: TensorVariable) -> TensorVariable:
         return pt.zeros_like(like[:, 0]) + np.asarray(self.factor.log_det(), dtype=like.dtype)
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Return no weights: nothing is trained."""
         return {}
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
         x = self.factor.astype(z.dtype).times(z) + self.loc.astype(z.dtype)
         return x, self._log_det(z)
 
-    def carry_score(self, z, score, params):
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
         """Map z to x; the score is multiplied with the inverse of F's transpose."""
         return *self.forward(z, params), self.factor.solve_transposed(score)
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         return self.factor.solve(x - self.loc.astype(x.dtype)), -self._log_det(x)
 
@@ -162,20 +167,20 @@ class Permutation(Bijection):
 
     order: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if sorted(self.order) != list(range(self.dim)):
             raise ValueError(f"order must be a permutation of range({self.dim}), got {self.order}")
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Return no weights: nothing is trained."""
         return {}
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| = 0 (draws,)."""
         return z[:, np.asarray(self.order)], pt.zeros_like(z[:, 0])
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| = 0 (draws,)."""
         return x[:, np.argsort(self.order)], pt.zeros_like(x[:, 0])
 
@@ -201,20 +206,22 @@ class Householder(Bijection):
     array([[-3.,  4.]])
     """
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Draw the direction v at random; no reflection is near the identity."""
         return {"v": rng.normal(size=self.dim)}
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| = 0 (draws,)."""
         v = params["v"]
         return z - (2 / pt.dot(v, v)) * (z @ v)[:, None] * v, pt.zeros_like(z[:, 0])
 
-    def carry_score(self, z, score, params):
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
         """Reflect the score as well."""
         return *self.forward(z, params), self.forward(score, params)[0]
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim): a reflection is its own inverse."""
         return self.forward(x, params)
 
@@ -253,44 +260,46 @@ class LU(Bijection):
 
     order: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.order is not None:
             Permutation(self.dim, self.order)  # raises an error for an invalid order
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Start at the permutation P."""
         return {
             "log_diagonal": np.zeros(self.dim),
             "factors": np.zeros((self.dim, self.dim)),
         }
 
-    def _lower_upper(self, params):
+    def _lower_upper(self, params: Params) -> tuple[TensorVariable, TensorVariable]:
         factors = params["factors"]
         below = np.tri(self.dim, k=-1, dtype=factors.dtype)
         eye = np.eye(self.dim, dtype=factors.dtype)
         return factors * below + eye, factors * below.T + eye * pt.exp(params["log_diagonal"])
 
-    def _permuted(self, x):
+    def _permuted(self, x: TensorVariable) -> TensorVariable:
         return x if self.order is None else x[:, np.asarray(self.order)]
 
-    def _unpermuted(self, x):
+    def _unpermuted(self, x: TensorVariable) -> TensorVariable:
         return x if self.order is None else x[:, np.argsort(self.order)]
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
         lower, upper = self._lower_upper(params)
         x = self._permuted((z @ upper.T) @ lower.T)
         return x, pt.zeros_like(z[:, 0]) + params["log_diagonal"].sum()
 
-    def carry_score(self, z, score, params):
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
         """Map z to x; the score is multiplied with the inverses of the factors' transposes."""
         lower, upper = self._lower_upper(params)
         score = pt.linalg.solve_triangular(upper.T, score.T, lower=True, b_ndim=2)
         score = pt.linalg.solve_triangular(lower.T, score, lower=False, b_ndim=2).T
         return *self.forward(z, params), self._permuted(score)
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         lower, upper = self._lower_upper(params)
         z = pt.linalg.solve_triangular(lower, self._unpermuted(x).T, lower=True, b_ndim=2)
@@ -333,57 +342,59 @@ class LowRank(Bijection):
 
     rank: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank(self)
 
-    def init(self, rng):
+    def init(self, rng: np.random.Generator) -> Weights:
         """Start at the identity: V and W are equal, with random directions."""
         # not zero, because their gradients would be zero too
         directions = rng.normal(size=(self.dim, self.rank)) / self.dim**0.5
         return {"stretch": directions, "squeeze": directions.copy()}
 
-    def _columns(self, params):
+    def _columns(self, params: Params) -> tuple[list[TensorVariable], list[TensorVariable]]:
         """V and W (dim, rank), and the Cholesky factors (rank, rank) of I + VᵀV and I + WᵀW."""
         columns = [params["stretch"], params["squeeze"]]
         eye = np.eye(self.rank, dtype=columns[0].dtype)
         return columns, [pt.linalg.cholesky(eye + column.T @ column) for column in columns]
 
-    def forward(self, z, params):
+    def forward(self, z: TensorVariable, params: Params) -> ValueLogDet:
         """Map z (draws, dim) to x (draws, dim) and log|det dx/dz| (draws,)."""
         (v, w), (root_v, root_w) = self._columns(params)
         x = _stretched(_squeezed(z, w, root_w), v)
         return x, pt.zeros_like(z[:, 0]) + _log_det(root_v) - _log_det(root_w)
 
-    def carry_score(self, z, score, params):
+    def carry_score(
+        self, z: TensorVariable, score: TensorVariable, params: Params
+    ) -> ValueLogDetScore:
         """Map z to x; the score is stretched along W, and squeezed along V."""
         (v, w), (root_v, _) = self._columns(params)
         return *self.forward(z, params), _squeezed(_stretched(score, w), v, root_v)
 
-    def inverse(self, x, params):
+    def inverse(self, x: TensorVariable, params: Params) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,)."""
         (v, w), (root_v, root_w) = self._columns(params)
         z = _stretched(_squeezed(x, v, root_v), w)
         return z, pt.zeros_like(x[:, 0]) + _log_det(root_w) - _log_det(root_v)
 
 
-def _check_rank(layer):
+def _check_rank(layer: Any) -> None:
     if not 1 <= layer.rank <= layer.dim:
         name = type(layer).__name__
         raise ValueError(f"rank of {name} must be from 1 to dim, {layer.dim}, got {layer.rank}")
 
 
-def _stretched(z, v):
+def _stretched(z: TensorVariable, v: TensorVariable) -> TensorVariable:
     """``(I + V Vᵀ) z`` of every row z."""
     return z + (z @ v) @ v.T
 
 
-def _squeezed(x, v, root):
+def _squeezed(x: TensorVariable, v: TensorVariable, root: TensorVariable) -> TensorVariable:
     """``(I + V Vᵀ)⁻¹ x`` of every row x, with the Cholesky factor of I + VᵀV."""
     along = pt.linalg.solve_triangular(root, (x @ v).T, lower=True, b_ndim=2)
     along = pt.linalg.solve_triangular(root.T, along, lower=False, b_ndim=2).T
     return x - along @ v.T
 
 
-def _log_det(root):
+def _log_det(root: TensorVariable) -> TensorVariable:
     return 2 * pt.log(pt.diagonal(root)).sum()
