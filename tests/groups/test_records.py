@@ -55,3 +55,10 @@ def test_options_that_json_cannot_hold_are_named():
     assert checked_options({"hidden": (8, np.int64(8))}) == {"hidden": (8, 8)}
     with pytest.raises(TypeError, match="option hidden can't be saved"):
         checked_options({"hidden": object()})
+
+
+def test_couplings_of_the_first_format_compute_in_double_precision():
+    record = record_of_layer(Coupling(3, hidden=(4,), single=True), "", {})
+    assert layer_from(record, {}) == Coupling(3, hidden=(4,), single=True)
+    del record["settings"]["single"]
+    assert layer_from(record, {}) == Coupling(3, hidden=(4,))
