@@ -18,12 +18,8 @@ from pymc_flows.fit.inference import NFVI
 from pymc_flows.groups.flow import FlowGroup
 from pymc_flows.groups.mnf import MNFGroup
 from pymc_flows.posterior.approximation import FlowApproximation, NormalizingFlow
-from pymc_flows.posterior.correction import (
-    importance_resample,
-    neutra_model,
-    sample_imh,
-    sample_neutra,
-)
+from pymc_flows.posterior.correction import importance_resample, sample_imh
+from pymc_flows.posterior.neutra import neutra_model, sample_neutra
 from pymc_flows.posterior.storage import load, save
 from pymc_flows.registration import fit, register, unregister
 

@@ -1,30 +1,27 @@
-"""From an approximate answer towards an exact one: reweighting, Metropolis-Hastings, and NeuTra."""
+"""Corrections of a fit by importance weights: resampling, and Metropolis-Hastings."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pymc as pm
-import pytensor.tensor as pt
 import xarray as xr
 from pymc.variational.opvi import Approximation
-from pytensor.graph.replace import graph_replace
 from xarray import DataTree
 
 from pymc_flows.messages import warn_user
-from pymc_flows.model.log_density import value_slices
-from pymc_flows.model.minibatch import whole_model
-from pymc_flows.posterior.approximation import with_density
+from pymc_flows.posterior.approximation import FlowApproximation, with_density
+from pymc_flows.posterior.convergence import worst_convergence
+from pymc_flows.posterior.sampling import Draws
 from pymc_flows.statistics import importance
 from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.importance import khat_threshold, smooth
 
-# draws that a chain's first one is chosen from
+# draws from which the first state of a chain is chosen
 POOL = 100
-# correlations of a move's noise with that it starts from, in turn: far moves pass where weights are even
+# correlation of a move's noise with the noise it starts from, used in turn; a small correlation is a
+# large step, which is accepted only if the importance weights are even
 CORRELATIONS = (0.5, 0.8, 0.95)
 
 
@@ -35,63 +32,94 @@ def importance_resample(
     proposals: int | None = None,
     random_seed: int | None = None,
 ) -> DataTree:
-    """Take draws in proportion to Pareto-smoothed importance weights (Vehtari et al. 2024).
+    """Resample draws in proportion to Pareto-smoothed importance weights.
+
+    Vehtari et al. 2024, arXiv:1507.02646.
 
     Parameters
     ----------
     approx : Approximation
-        A fit, ours or PyMC's.
+        A fit of pymc_flows or of PyMC.
     draws : int, default 1000
-        Draws to return; heavy ones come several times.
+        Number of draws to return. Draws with large weights are repeated.
     proposals : int, optional
-        Draws from the approximation to choose from; ten times ``draws`` by default.
+        Number of draws from the approximation to choose from; by default ten times ``draws``.
     random_seed : int, optional
-        Of both.
+        Seed of the proposals and of the choice among them.
 
     Returns
     -------
     DataTree
-        As ``approx.sample`` returns; its ``posterior`` is of one chain. A group ``correction`` says in
-        its attributes what was done: ``khat`` beside its ``khat_threshold``, ``ess``, ``proposals``,
-        and how many draws are ``distinct``.
+        Groups as ``approx.sample`` returns them, with one chain. The attributes of the group
+        ``correction`` are ``method``, ``proposals``, ``khat`` and its ``khat_threshold``, the
+        effective sample size ``ess`` as a share of the proposals, and the number of ``distinct``
+        draws.
 
     Raises
     ------
+    TypeError
+        If ``approx`` is no approximation.
     ValueError
-        If a number is below 1, or no draw has a finite density.
+        If a number is below 1, or no proposal has a finite log density.
 
     Warns
     -----
     UserWarning
-        Where ``khat`` is above its threshold: the weights do not make up for what the fit misses.
+        If ``khat`` is above its threshold: the weights then can't correct the fit.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> with pm.Model():
+    ...     x = pm.Normal("x", 0, 0.9, shape=2)
+    ...     approx = pmf.NormalizingFlow("scale-loc", random_seed=1)
+    >>> idata = pmf.importance_resample(approx, draws=100, random_seed=1)
+    >>> idata.posterior["x"].shape, idata["correction"].attrs["proposals"]
+    ((1, 100, 2), 1000)
     """
     proposals = 10 * draws if proposals is None else proposals
-    _check(draws=draws, proposals=proposals)
+    _check_at_least(1, draws=draws, proposals=proposals)
     choose, sample = np.random.SeedSequence(random_seed).spawn(2)
     drawn = with_density(approx).sample(proposals, random_seed=_integer(sample))
     result = resampled(drawn, draws, choose)
-    said = result["correction"].attrs
-    if said["khat"] > said["khat_threshold"]:
+    attrs = result["correction"].attrs
+    if attrs["khat"] > attrs["khat_threshold"]:
         warn_user(
-            f"k-hat {said['khat']:.2f} of the importance weights is above "
-            f"{said['khat_threshold']:.2f}: they do not make up for what the fit misses. Try "
-            "sample_neutra, or NUTS"
+            f"k-hat {attrs['khat']:.2f} of the importance weights is above its threshold "
+            f"{attrs['khat_threshold']:.2f}: resampling can't correct this fit. Try sample_neutra "
+            "or pm.sample"
         )
     return result
 
 
 def resampled(drawn: DataTree, draws: int, seed: np.random.SeedSequence) -> DataTree:
-    """As :func:`importance_resample`, of draws that there are."""
+    """Resample given draws, as :func:`importance_resample` does.
+
+    Parameters
+    ----------
+    drawn : DataTree
+        Draws of one chain, with ``log_p`` and ``log_q`` in ``sample_stats``.
+    draws : int
+        Number of draws to return.
+    seed : SeedSequence
+        Seed of the choice.
+
+    Raises
+    ------
+    ValueError
+        If no draw has a finite log density.
+    """
     weighed = smooth(_log_weights(drawn))
     n_drawn = weighed.weights.size
     if not np.isfinite(weighed.log_evidence):
-        raise ValueError(f"approx must draw where the model has a density: none of {n_drawn} is")
+        raise _no_density(n_drawn)
     rng = np.random.default_rng(seed)
-    # one jump of a comb with evenly spaced teeth: no noise beyond what whole numbers need
-    teeth = (np.arange(draws) + rng.random()) / draws
-    chosen = np.searchsorted(np.cumsum(weighed.weights), teeth).clip(max=n_drawn - 1)
+    # systematic resampling: each draw is repeated its expected number of times, rounded up or down
+    positions = (np.arange(draws) + rng.random()) / draws
+    chosen = np.searchsorted(np.cumsum(weighed.weights), positions).clip(max=n_drawn - 1)
     rng.shuffle(chosen)
-    said = {
+    attrs = {
         "method": "Pareto-smoothed importance resampling",
         "proposals": n_drawn,
         "khat": weighed.khat,
@@ -99,7 +127,7 @@ def resampled(drawn: DataTree, draws: int, seed: np.random.SeedSequence) -> Data
         "ess": weighed.ess,
         "distinct": int(np.unique(chosen).size),
     }
-    return _taken(drawn, chosen[None], {}, said)
+    return _take(drawn, chosen[None], {}, attrs)
 
 
 def sample_imh(
@@ -113,133 +141,205 @@ def sample_imh(
 ) -> DataTree:
     """Sample by independence Metropolis-Hastings, with the approximation as proposal.
 
-    A proposal, drawn without regard to where the chain is, is accepted with probability
-    ``min(1, w(new) / w(old))``, w the importance weight (Tierney 1994, section 2.3.3). The chain's
-    limit is the posterior, if slowly where k-hat is large: a draw of great weight holds it for long. So
-    each draw then moves on by itself, a few steps of Metropolis-Hastings whose proposals are made of
-    noise correlated with its own (preconditioned Crank-Nicolson, Cotter et al. 2013, section 4.2),
-    accepted by the same rule; draws of one place part (resample-move, Gilks & Berzuini 2001).
+    A proposal does not depend on the state of the chain. It is accepted with probability
+    ``min(1, w(new) / w(old))``, where w is the importance weight (Tierney 1994, section 2.3.3). The
+    chain converges to the posterior, but slowly if k-hat is large, because it stays for long at a
+    draw with a large weight. So each draw is moved afterwards by a few further
+    Metropolis-Hastings steps, accepted by the same rule, whose noise is correlated with the draw's
+    own (preconditioned Crank-Nicolson, Cotter et al. 2013, section 4.2). Equal draws thereby become
+    different ones (resample-move, Gilks & Berzuini 2001).
 
     Parameters
     ----------
     approx : Approximation
-        A fit, ours or PyMC's.
-    draws, chains, tune : int
-        Draws of each chain, chains, and steps of each chain that are thrown away first. Chains start at
-        a draw chosen by its weight from 100.
+        A fit of pymc_flows or of PyMC.
+    draws : int, default 1000
+        Number of draws of each chain.
+    chains : int, default 4
+        Number of chains. Each starts at one of 100 draws, chosen with probability proportional to
+        its importance weight.
+    tune : int, default 200
+        Number of first steps of each chain that are discarded.
     moves : int, default 9
-        Steps of each draw from where its chain is; 0 for the chains as they are.
+        Number of moves of each draw, from the state of its chain; 0 returns the chains themselves.
     random_seed : int, optional
-        Of everything.
+        Seed of everything.
 
     Returns
     -------
     DataTree
-        ``posterior``, ``sample_stats`` (``log_p``, ``log_q``, ``accepted``), the model's data, and
-        ``correction``, whose attributes say what was done: ``acceptance_rate`` of the chains' steps and
-        ``move_acceptance_rate`` of the moves, the largest ``rhat``, the least ``ess_bulk``, ``khat`` of all
-        proposals. ``accepted`` is of the chain.
+        ``posterior``, ``sample_stats`` (``log_p``, ``log_q``, and ``accepted``, whether the chain's
+        step was accepted), the model's data, and ``correction``. The attributes of the last are
+        ``method``, ``tune``, ``acceptance_rate`` of the chains, ``moves``,
+        ``move_acceptance_rate``, the largest ``rhat``, the smallest ``ess_bulk``, and ``khat`` of
+        all proposals.
 
     Raises
     ------
+    TypeError
+        If ``approx`` is no approximation.
     ValueError
-        If a number is impossible, or no proposal has a finite density.
+        If a number is too small, or none of the 100 draws has a finite log density.
 
     Warns
     -----
     UserWarning
-        Where R-hat is above 1.01 or there are fewer than 100 effective draws a chain.
+        If R-hat is above 1.01, or there are fewer than 100 effective draws a chain.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> with pm.Model():
+    ...     x = pm.Normal("x", 0, 0.9, shape=2)
+    ...     approx = pmf.NormalizingFlow("scale-loc", random_seed=1)
+    >>> idata = pmf.sample_imh(approx, draws=500, chains=2, random_seed=1)
+    >>> idata.posterior["x"].shape, idata["correction"].attrs["acceptance_rate"] > 0.5
+    ((2, 500, 2), True)
     """
-    _check(draws=draws, chains=chains)
-    for name, number in (("tune", tune), ("moves", moves)):
-        if number < 0:
-            raise ValueError(f"{name} must be at least 0, got {number}")
+    _check_at_least(1, draws=draws, chains=chains)
+    _check_at_least(0, tune=tune, moves=moves)
     approx = with_density(approx)
     choose, sample, move = np.random.SeedSequence(random_seed).spawn(3)
-    length = POOL + tune + draws
-    drawn = approx.sample(chains * length, random_seed=_integer(sample))
-    log_weights = _log_weights(drawn)
-    rows = np.arange(chains * length).reshape(chains, length)
-    paths = [
-        _metropolis(log_weights, row, np.random.default_rng(seed))
-        for row, seed in zip(rows, choose.spawn(chains), strict=True)
-    ]
-    path = np.stack(paths)
-    # a move is a change of state; the step before the first kept one counts as where it came from
-    accepted = (np.diff(path, axis=1) != 0)[:, -draws:]
-    result = _taken(drawn, path[:, -draws:], {"accepted": accepted}, {})
-    moved = np.nan
+    n_proposals = chains * (POOL + tune + draws)
+    proposals = approx.sample(n_proposals, random_seed=_integer(sample))
+    log_weights = _log_weights(proposals)
+    states = _independence_chains(log_weights, choose.spawn(chains))
+    # with the step into the first draw that is kept
+    accepted = (np.diff(states, axis=1) != 0)[:, -draws:]
+    states = states[:, -draws:]
+    result = _take(proposals, states, {"accepted": accepted}, {})
+    move_acceptance_rate = np.nan
     if moves:
-        chosen = path[:, -draws:].ravel()
-        noise = [z[chosen] for z in approx.noise_of(chains * length, _integer(sample))]
-        rng = np.random.default_rng(move)
-        drawn, moved = _moved(approx, noise, log_weights[chosen], moves, rng)
-        _put(result, drawn)
-    rhat, ess = _convergence(result)
-    said = {
+        chosen = states.ravel()
+        noise = [z[chosen] for z in approx.noise_of(n_proposals, _integer(sample))]
+        moved, move_acceptance_rate = move_draws(
+            approx, noise, log_weights[chosen], moves, np.random.default_rng(move)
+        )
+        _replace_draws(result, moved)
+    rhat, ess = worst_convergence(result)
+    attrs = {
         "method": "independence Metropolis-Hastings",
         "tune": tune,
         "acceptance_rate": float(accepted.mean()),
         "moves": moves,
-        "move_acceptance_rate": moved,
+        "move_acceptance_rate": move_acceptance_rate,
         "rhat": rhat,
         "ess_bulk": ess,
         "khat": smooth(log_weights).khat,
     }
-    result["correction"] = DataTree(xr.Dataset(attrs=said))
-    if chains > 1 and not (
-        rhat <= THRESHOLDS.rhat and ess >= THRESHOLDS.effective_draws_per_chain * chains
-    ):
-        warn_user(
-            f"the chains have not converged: R-hat {rhat:.2f}, {ess:.0f} effective draws, "
-            f"{accepted.mean():.0%} accepted. Take more draws, or try sample_neutra"
-        )
+    result["correction"] = DataTree(xr.Dataset(attrs=attrs))
+    if chains > 1:
+        _warn_unless_converged(rhat, ess, chains, float(accepted.mean()))
     return result
 
 
-def _metropolis(log_weights, row, rng):
-    """States, as indices, of a chain over the proposals of a row, from the pool's choice on."""
+def _warn_unless_converged(rhat: float, ess: float, chains: int, acceptance_rate: float) -> None:
+    # a nan is no convergence
+    if rhat <= THRESHOLDS.rhat and ess >= THRESHOLDS.effective_draws_per_chain * chains:
+        return
+    warn_user(
+        f"the chains have not converged: R-hat {rhat:.2f}, {ess:.0f} effective draws, "
+        f"{acceptance_rate:.0%} accepted. Take more draws, or try sample_neutra"
+    )
+
+
+def _independence_chains(
+    log_weights: np.ndarray, seeds: Sequence[np.random.SeedSequence]
+) -> np.ndarray:
+    """States of chains, as indices (chains, 1 + steps) of proposals, the initial state first."""
+    rows = np.arange(log_weights.size).reshape(len(seeds), -1)
+    paths = [
+        _independence_chain(log_weights, row, np.random.default_rng(seed))
+        for row, seed in zip(rows, seeds, strict=True)
+    ]
+    return np.stack(paths)
+
+
+def _independence_chain(
+    log_weights: np.ndarray, row: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """States of one chain, as indices; ``row`` has those of its pool, then those of its proposals."""
     pool = log_weights[row[:POOL]]
     if not np.isfinite(pool).any():
-        raise ValueError(f"approx must draw where the model has a density: none of {POOL} is")
+        raise _no_density(POOL)
     weights = np.exp(pool - pool.max())
     state = row[rng.choice(POOL, p=weights / weights.sum())]
     states = [state]
-    for new, chance in zip(row[POOL:], np.log1p(-rng.random(row.size - POOL)), strict=True):
-        if chance < log_weights[new] - log_weights[state]:
+    for new, log_u in zip(row[POOL:], np.log1p(-rng.random(row.size - POOL)), strict=True):
+        if log_u < log_weights[new] - log_weights[state]:
             state = new
         states.append(state)
     return np.array(states)
 
 
-def _moved(approx, noise, log_weights, moves, rng):
-    """Move the noise (draws, columns) of each group; return the draws and the share of moves accepted.
+def move_draws(
+    approx: FlowApproximation,
+    noise: Sequence[np.ndarray],
+    log_weights: np.ndarray,
+    moves: int,
+    rng: np.random.Generator,
+) -> tuple[Draws, float]:
+    """Move draws by preconditioned Crank-Nicolson steps (Cotter et al. 2013, section 4.2).
 
-    The target is the posterior, or with auxiliary variables their joint distribution.
+    The steps leave the posterior invariant; for groups with auxiliary variables (mnf), the joint
+    distribution of draws and auxiliary variables.
+
+    Parameters
+    ----------
+    approx : FlowApproximation
+        Makes draws of noise.
+    noise : sequence of ndarray
+        (draws, noise_dim) of each group, of which the draws are made.
+    log_weights : ndarray
+        (draws,), ``log_p - log_q`` of the draws, in nats.
+    moves : int
+        Number of steps.
+    rng : Generator
+        Source of proposals and acceptances.
+
+    Returns
+    -------
+    moved : Draws
+        As many draws.
+    acceptance_rate : float
+        Over all steps and draws.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> import pymc_flows as pmf
+    >>> with pm.Model():
+    ...     x = pm.Normal("x")
+    ...     approx = pmf.NormalizingFlow("scale-loc", random_seed=1)
+    >>> noise = approx.noise_of(50, random_seed=1)
+    >>> moved, rate = move_draws(approx, noise, np.zeros(50), 3, np.random.default_rng(1))
+    >>> moved.values["x"].shape, rate > 0.9
+    ((50,), True)
     """
     drawn = approx.draws_of_noise(noise)
-    accepted = 0.0
+    acceptance_rate = 0.0
     for step in range(moves):
         kept = CORRELATIONS[step % len(CORRELATIONS)]
         fresh = [rng.standard_normal(z.shape).astype(z.dtype) for z in noise]
         tried = [kept * z + (1 - kept**2) ** 0.5 * new for z, new in zip(noise, fresh, strict=True)]
         proposed = approx.draws_of_noise(tried)
         tried_weights = importance.log_weights(proposed.log_p, proposed.log_q)
-        goes = np.log1p(-rng.random(len(log_weights))) < tried_weights - log_weights
-        accepted += float(goes.mean()) / moves
-        log_weights = np.where(goes, tried_weights, log_weights)
-        noise = [np.where(goes[:, None], new, z) for z, new in zip(noise, tried, strict=True)]
+        accepted = np.log1p(-rng.random(len(log_weights))) < tried_weights - log_weights
+        acceptance_rate += float(accepted.mean()) / moves
+        log_weights = np.where(accepted, tried_weights, log_weights)
+        noise = [np.where(accepted[:, None], new, z) for z, new in zip(noise, tried, strict=True)]
         for old, new in (
             *((drawn.values[name], proposed.values[name]) for name in drawn.values),
             (drawn.log_p, proposed.log_p),
             (drawn.log_q, proposed.log_q),
         ):
-            old[goes] = new[goes]
-    return drawn, accepted
+            old[accepted] = new[accepted]
+    return drawn, acceptance_rate
 
 
-def _put(result, drawn):
-    """Replace draws (chain, draw) by as many others, chains end to end."""
+def _replace_draws(result: DataTree, drawn: Draws) -> None:
+    """Replace the draws (chain, draw) of a DataTree by as many others, given chain after chain."""
     posterior, stats = (result[group].to_dataset() for group in ("posterior", "sample_stats"))
     for dataset, found in (
         (posterior, drawn.values),
@@ -251,124 +351,17 @@ def _put(result, drawn):
     result["posterior"], result["sample_stats"] = DataTree(posterior), DataTree(stats)
 
 
-def neutra_model(approx: Approximation) -> pm.Model:
-    """Write the model in the flow's base space, where its posterior is near a standard normal.
-
-    A sampler that moves in base space follows the posterior's own geometry (Hoffman et al. 2019,
-    arXiv:1903.03704). Any of PyMC's takes the model: ``pm.sample(model=pmf.neutra_model(approx))``.
-
-    Parameters
-    ----------
-    approx : Approximation
-        A fit, ours or PyMC's. Its weights are copied: fitting on does not change the model.
-
-    Returns
-    -------
-    Model
-        With one free variable, standard normal noise (dim,), of mnf groups also that of their
-        multipliers, a potential ``log_weight``, which is
-        log p - log q, and the variables of the original model, by name, as deterministics. Where a
-        flow has another base, the variable is flat, and a potential ``log_base`` is its density.
-    """
-    approx = with_density(approx)
-    model = whole_model(approx.model)
-    zs = [pt.matrix(shape=(1, member.base_dim)) for member in approx.members]
-    x, log_q, log_base = approx.map_base(zs)
-    frozen = {p: pt.constant(p.get_value(), dtype=p.dtype) for p in approx.params}
-    by_name = value_slices(approx, x)
-    place = {v: by_name[v.name][0] for v in model.value_vars}
-    named = [*model.free_RVs, *model.deterministics]
-    graphs = [model.logp(), *model.replace_rvs_by_values(named)]
-    log_p, *values = graph_replace(graphs, place, strict=False)
-    with pm.Model(coords=dict(model.coords)) as neutra:
-        normal = all(member.has_normal_base for member in approx.members)
-        prior = pm.Normal if normal else pm.Flat
-        base = prior(
-            _free_name("noise", model), shape=(sum(member.base_dim for member in approx.members),)
-        )
-        pieces, first = {}, 0
-        for member, z in zip(approx.members, zs, strict=True):
-            n = member.base_dim
-            pieces[z] = pt.specify_shape(base[None, first : first + n], (1, n))
-            first += n
-        outputs = [log_p - log_q[0], log_base[0], *values]
-        outputs = graph_replace(outputs, {**pieces, **frozen}, strict=False)
-        log_weight, log_base, *values = outputs
-        if not normal:
-            pm.Potential(_free_name("log_base", model), log_base)
-        pm.Potential(_free_name("log_weight", model), log_weight)
-        for variable, value in zip(named, values, strict=True):
-            dims = model.named_vars_to_dims.get(variable.name)
-            pm.Deterministic(variable.name, value, dims=dims)
-    return neutra
-
-
-def sample_neutra(
-    approx: Approximation,
-    draws: int = 1000,
-    *,
-    random_seed: int | None = None,
-    **kwargs: Any,
-) -> DataTree:
-    """Sample by NUTS in the flow's base space, and map the draws back (Hoffman et al. 2019).
-
-    Parameters
-    ----------
-    approx : Approximation
-        A fit, ours or PyMC's.
-    draws : int, default 1000
-        Draws of each chain.
-    random_seed : int, optional
-        As in ``pm.sample``.
-    **kwargs
-        Passed to ``pm.sample``: ``tune``, ``chains``, ``target_accept``, ``nuts_sampler`` ... By default
-        on JAX where it and nutpie are installed.
-
-    Returns
-    -------
-    DataTree
-        ``posterior`` with the model's own variables, the sampler's ``sample_stats``, the model's data,
-        and ``correction``, whose attributes say what was done: the largest ``rhat``, the least
-        ``ess_bulk``, and ``gradient_evaluations`` after tuning.
-
-    Raises
-    ------
-    TypeError
-        If the approximation is none, or an argument is not ``pm.sample``'s.
-    """
-    approx = with_density(approx)
-    neutra = neutra_model(approx)
-    installed = all(importlib.util.find_spec(name) for name in ("jax", "nutpie"))
-    if installed and not {"backend", "nuts_sampler", "compile_kwargs"} & set(kwargs):
-        kwargs["backend"] = "jax"
-    own = [v.name for v in (*approx.model.free_RVs, *approx.model.deterministics)]
-    names = list(kwargs.pop("var_names", own))
-    # the sampler checks the convergence of the noise, so it must be kept till then
-    kept = [*names, *(v.name for v in neutra.free_RVs)]
-    result = pm.sample(draws, model=neutra, random_seed=random_seed, var_names=kept, **kwargs)
-    if not isinstance(result, DataTree):
-        return result
-    result["posterior"] = DataTree(result["posterior"].to_dataset()[names])
-    data = approx.sample(1, random_seed=0)
-    for group in ("observed_data", "constant_data"):
-        if group in data.children:
-            result[group] = data[group]
-    rhat, ess = _convergence(result)
-    steps = result["sample_stats"].get("n_steps")
-    said = {
-        "method": "NUTS in the base space of the flow (NeuTra)",
-        "rhat": rhat,
-        "ess_bulk": ess,
-        "gradient_evaluations": float(np.sum(steps)) if steps is not None else np.nan,
-    }
-    result["correction"] = DataTree(xr.Dataset(attrs=said))
-    return result
-
-
-def _check(**numbers: int) -> None:
+def _check_at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def _no_density(n_draws: int) -> ValueError:
+    return ValueError(
+        f"the model's log density must be finite for some draws of approx, got none of {n_draws}: "
+        "fit the approximation first, or give it a start where the model has a density"
+    )
 
 
 def _integer(seed: np.random.SeedSequence) -> int:
@@ -381,8 +374,10 @@ def _log_weights(drawn: DataTree) -> np.ndarray:
     return importance.log_weights(log_p, log_q)
 
 
-def _taken(drawn, rows, stats: Mapping[str, np.ndarray], said: Mapping[str, Any]) -> DataTree:
-    """Rows (chain, draw) of one chain's draws, as a DataTree like it."""
+def _take(
+    drawn: DataTree, rows: np.ndarray, stats: Mapping[str, np.ndarray], attrs: Mapping[str, Any]
+) -> DataTree:
+    """Take rows (chain, draw) of the draws of one chain; ``stats`` joins their ``sample_stats``."""
     index = xr.DataArray(rows, dims=("chain", "draw"))
     result = drawn.copy()
     for group in ("posterior", "sample_stats"):
@@ -394,28 +389,5 @@ def _taken(drawn, rows, stats: Mapping[str, np.ndarray], said: Mapping[str, Any]
                 {name: (("chain", "draw"), value) for name, value in stats.items()}
             )
         result[group] = DataTree(taken.transpose("chain", "draw", ...))
-    result["correction"] = DataTree(xr.Dataset(attrs=dict(said)))
+    result["correction"] = DataTree(xr.Dataset(attrs=dict(attrs)))
     return result
-
-
-def _convergence(result) -> tuple[float, float]:
-    """The largest R-hat and the least effective sample size over scalars."""
-    from arviz_stats.base import array_stats  # slow to import
-
-    rhats, sizes = [1.0], [np.inf]
-    for values in result["posterior"].data_vars.values():
-        array = np.asarray(values.transpose("chain", "draw", ...), dtype=float)
-        array = array.reshape((*array.shape[:2], -1))
-        array = array[..., array.std(axis=(0, 1)) > 0]
-        if not array.size:
-            continue
-        sizes.append(float(np.min(array_stats.ess(array, chain_axis=0, draw_axis=1))))
-        if array.shape[0] > 1:
-            rhats.append(float(np.max(array_stats.rhat(array, chain_axis=0, draw_axis=1))))
-    return max(rhats), min(sizes)
-
-
-def _free_name(name: str, model: pm.Model) -> str:
-    while name in model.named_vars:
-        name += "_"
-    return name
