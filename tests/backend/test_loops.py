@@ -69,6 +69,7 @@ def test_all_inputs_of_a_loop_may_be_carried():
     assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("method", ["forward", "inverse", "carry_score"])
 def test_repeated_couplings_are_one_loop(method):
     chain = Chain([Coupling(3, Affine(), (4,))] * 4)
@@ -127,6 +128,7 @@ def test_operations_of_unknown_shape_are_not_rewritten():
     assert_allclose(found[0], expected[0], rtol=1e-12)
 
 
+@pytest.mark.fit
 def test_a_function_with_a_loop_can_be_unpickled_in_a_new_process(tmp_path):
     op, x = layer(), pt.tensor("x", shape=(3,))
     state = x
