@@ -12,8 +12,8 @@ from pymc_flows.model.structure import has_large_matrices, has_loop
 BATCH = 64
 # draws a step up to which NumPy runs a flow, on other backends than JAX
 FEW_DRAWS = 128
-# layers times steps up to which it does: a layer takes NumPy about a millisecond a step, so at most the
-# minute that compiling would take
+# layers times steps up to which it does: a layer takes NumPy about a millisecond a step, so at most
+# the minute that compiling would take
 LITTLE_WORK = 50_000
 
 
@@ -59,8 +59,8 @@ class Plan:
     def needs_density(self, initialize: bool) -> bool:
         """Whether the model's density is compiled by itself, if it is the same at every step.
 
-        A search for a start and an interpreted flow call it. On JAX it shows whether JAX can compile
-        the model; other backends find that out when they compile the step.
+        A search for a start and an interpreted flow call it. On JAX it shows whether JAX can
+        compile the model; other backends find that out when they compile the step.
         """
         return initialize or (self.n > 0 and (self.on_jax or self.interprets_flow))
 
@@ -71,7 +71,7 @@ class Plan:
         return self.n_draws if called_by_steps else max(self.n_draws, BATCH)
 
     def splits(self, density: Any, n_draws: int) -> bool:
-        """Whether a step of ``n_draws`` calls the compiled density, and has no model in its own graph.
+        """Whether a step of ``n_draws`` calls the compiled density instead of holding the model.
 
         Parameters
         ----------
@@ -82,8 +82,8 @@ class Plan:
         """
         if self.kl_warmup:
             return False
-        # A model that JAX can't compile must not take the flow with it, nor a flow that NumPy runs the
-        # model. A loop over draws takes long to compile and gains nothing in a larger graph.
+        # A model that JAX can't compile must not take the flow with it, nor a flow that NumPy runs
+        # the model. A loop over draws takes long to compile and gains nothing in a larger graph.
         interprets = self.interprets_flow and n_draws <= FEW_DRAWS
         if density.fell_back or interprets or has_large_matrices(self.approx.model):
             return True

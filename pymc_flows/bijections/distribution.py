@@ -55,7 +55,7 @@ class FlowDistribution:
         return Params(weights, self.base.weight_shapes)
 
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log density (draws,)."""
+        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
         z, log_base = self.base.forward(noise, self.base_params)
         x, log_det = self.bijection.forward(z, self.params)
         return x, log_base - log_det

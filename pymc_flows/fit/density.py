@@ -65,7 +65,7 @@ class LogDensityAndScore:
         self.fell_back = prefers_jax(backend, compile_kwargs) and not runs_on_jax(self.function)
 
     def __call__(self, x: np.ndarray) -> Pair:
-        """Log density (points,) in nats and score (points, dim) of unconstrained x (points, dim)."""
+        """Log density (points,), in nats, and score (points, dim) of unconstrained points x."""
         return _in_batches(self._evaluate, x, self.n_draws)
 
     def _evaluate(self, x: np.ndarray) -> Any:
@@ -137,7 +137,7 @@ class TransformedDensity:
 
 
 def _in_batches(function: Callable[[np.ndarray], Any], points: np.ndarray, size: int) -> Pair:
-    """Apply a function of exactly ``size`` points to any number; the last batch repeats its last point."""
+    """Apply a function of ``size`` points to any number; the last batch repeats its last point."""
     parts = []
     for start in range(0, len(points), size):
         rows = points[start : start + size]

@@ -18,7 +18,7 @@ N_DRAWS = 32
 
 
 def explain_failure(approx: FlowApproximation, message: str, n_draws: int = N_DRAWS) -> str:
-    """Extend a message by the log densities, values and gradients that are not finite on fresh draws.
+    """Extend a message by the densities, values and gradients that are not finite on fresh draws.
 
     Parameters
     ----------

@@ -58,7 +58,7 @@ class FreshDraws:
         return self.weigh(self.seed(), MANY_DRAWS)
 
     def decide(self) -> WeighedDraws:
-        """Weigh many draws, and four times as many if one heavy draw could decide; record their ess."""
+        """Weigh many draws, four times as many if one heavy draw could decide; record their ess."""
         drawn = self.many()
         if drawn.change.ess < THRESHOLDS.doubtful_ess:
             drawn = self.weigh(self.seed(), 4 * MANY_DRAWS)

@@ -128,7 +128,8 @@ class NFVI(Inference):
         FloatingPointError
             If no start is found, or steps keep being not finite; names the variable.
         ValueError, TypeError
-            If an option is unknown or impossible; if the posterior is improper, naming the variable.
+            If an option is unknown or impossible; if the posterior is improper, naming the
+            variable.
 
         Examples
         --------
@@ -231,7 +232,7 @@ class NFVI(Inference):
 
 
 def _few_threads(model: pm.Model, options: FitOptions) -> Any:
-    """Limit linear algebra on JAX to one thread if a model's matrices are small: others would busy-wait.
+    """Limit JAX's linear algebra to one thread if matrices are small: others would busy-wait.
 
     Matrix products are XLA's own; it distributes them among threads itself.
     """

@@ -1,4 +1,4 @@
-"""The sequence of a fit: a start, an affine map, a flow, a larger flow; it ends at the first that fits."""
+"""The sequence of a fit: a start, an affine map, a flow, a larger flow, until one fits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ MORE_LAYERS = 4
 ANNEALING = 500
 # draws by which states are compared at the end of a stage
 CHOICE_DRAWS = 1024
-# multipliers of a step (one for each draw, row of the data and row of a matrix) that fit into memory
+# multipliers of a step (one for each draw, row of the data and row of a matrix) that fit into
+# memory
 MAX_MULTIPLIERS = 2**21
 
 
@@ -124,7 +125,7 @@ class Ladder:
                 self.stats.stopped = str(after.because(before=self.stats.stopped))
 
     def refine(self, n: int, rate: float) -> None:
-        """Train further with the present step, its memory and noise, unless the data outgrew them."""
+        """Train further with the present step, its memory and noise, if the data still fit them."""
         step = self.step
         if step is None or self._rows_changed():
             step = self._compile_step(self.options.n_draws)
@@ -226,7 +227,7 @@ class Ladder:
         self.recorder.add(run, step.n_draws)
 
     def _choose_state(self, step: Step, run: TrainingRun, even_elbo: float | None) -> None:
-        """Keep the last state if its weights are even, else the one with the highest ELBO on fresh draws."""
+        """Keep the last state if its weights are even, else the one with the highest fresh ELBO."""
         if self.placed is None and not self.resumed and not self.losses.size:
             # the first state is no start that the fit must not fall behind
             run.states.pop("first", None)
@@ -341,8 +342,9 @@ class Ladder:
         if asked and refused:
             name, why = next(iter(refused.items()))
             raise ValueError(
-                "local_reparameterization=True needs a product in place of every mnf matrix, and there is "
-                f"none for {name!r}: {why}. Pass local_reparameterization=None to use it only where possible"
+                "local_reparameterization=True needs a product in place of every mnf matrix, and "
+                f"there is none for {name!r}: {why}. Pass local_reparameterization=None to use it "
+                "only where possible"
             )
         n_multipliers = sum(math.prod(v.type.shape) for v in found.base_noise)
         too_many = asked is None and n_multipliers > MAX_MULTIPLIERS

@@ -113,12 +113,12 @@ class Objective:
     x : TensorVariable
         The draws (draws, dim), unconstrained.
     density : list of TensorVariable
-        With ``split``, inputs for log p (draws,) and its score (draws, dim) at ``x``; with ``annealed``
-        also for both without the transforms' Jacobians. Without ``split`` there are none, because the
-        model is part of the graph.
+        With ``split``, inputs for log p (draws,) and its score (draws, dim) at ``x``; with
+        ``annealed`` also for both without the transforms' Jacobians. Without ``split`` there are
+        none, because the model is part of the graph.
     loss : TensorVariable
-        Negative ELBO: the mean over the valid draws of ``log q - temper log p``, in nats, divided by the
-        minibatch's scaling if ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
+        Negative ELBO: the mean over the valid draws of ``log q - temper log p``, in nats, divided
+        by the minibatch's scaling if ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
         ``gradient="dreg"``, the negative importance-weighted bound over the draws.
     log_weights : TensorVariable
         (draws,), ``temper log p - log q``; -inf for a draw that is not valid.
@@ -175,8 +175,8 @@ def build_objective(
         Leave the Jacobians of the model's transforms untempered: the density of a bounded variable
         becomes flat between its bounds, and not on the whole line.
     warmed : bool, default False
-        Let ``kl_weight`` differ from 1, so that the likelihood can count more than prior and entropy.
-        Not with ``split``.
+        Let ``kl_weight`` differ from 1, so that the likelihood can count more than prior and
+        entropy. Not with ``split``.
     vectorize : bool, optional
         Evaluate the log density of all draws as one batch, or loop over them; by default whichever
         :func:`pymc_flows.model.batching.batch_graphs` expects to be faster.
@@ -187,7 +187,8 @@ def build_objective(
     local : LocalDraws, optional
         Products that are drawn in place of weights, for each row of the data: the local
         reparametrization (Kingma et al. 2015, arXiv:1506.02557). The loss is the negative ELBO on
-        average, with less noise; the log weights are no longer those of one draw. Not with ``split``.
+        average, with less noise; the log weights are no longer those of one draw. Not with
+        ``split``.
 
     Raises
     ------
@@ -235,8 +236,8 @@ def build_objective(
             known[scoreless] = kl_weight * terms.weight if warmed else terms.weight
     log_choice = approx.log_choice(noise)
     if log_choice is not None:
-        # The score-function gradient (Williams 1992) of the discrete choice. The baseline is the bound
-        # of the other draws, so its variance is zero if q is the posterior.
+        # The score-function gradient (Williams 1992) of the discrete choice. The baseline is the
+        # bound of the other draws, so its variance is zero if q is the posterior.
         known[log_choice] = pt.switch(valid, -gain / terms.scaling, 0)
     params = [*approx.params, *more_obj_params]
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
@@ -270,7 +271,7 @@ class _Terms:
 
 
 def _tempered(density, temper, annealed) -> list[Any]:
-    """Log density, score and local gradients, raised to a power but for the transforms' Jacobians."""
+    """Log density, score and local gradients, tempered but for the transforms' Jacobians."""
     whole = density(True)
     if not annealed:
         return [temper * part for part in whole]
@@ -279,7 +280,7 @@ def _tempered(density, temper, annealed) -> list[Any]:
 
 
 def _local_laws(approx, local) -> tuple[list[Any], list[Any]]:
-    """Multipliers of the matrices whose products are drawn; then their means and standard deviations."""
+    """Multipliers of the matrices whose products are drawn; then their means and sds."""
     if local is None:
         return [], []
     base_noise = dict(zip(local.names, local.base_noise, strict=True))

@@ -35,9 +35,10 @@ class FitOptions:
     progressbar, progressbar_theme
         As in ``pm.fit``.
     backend : {"jax", "numba", "c"}, optional
-        By default JAX if it is installed, else PyTensor's default. Other backends than JAX compile the
-        model's density, and NumPy runs the flow, unless a step has more than 128 draws or layers times
-        ``n`` exceed 50,000: then compiling the flow, which takes about a minute, pays off.
+        By default JAX if it is installed, else PyTensor's default. Other backends than JAX compile
+        the model's density, and NumPy runs the flow, unless a step has more than 128 draws or
+        layers times ``n`` exceed 50,000: then compiling the flow, which takes about a minute, pays
+        off.
     include_transformed : bool, default False
         Whether ``approx.state`` also has the unconstrained variables.
     learning_rate : float, default 0.01
@@ -56,38 +57,38 @@ class FitOptions:
     gradient : {"stl", "reparameterization", "dreg"}, default "stl"
         Gradient estimator; see :func:`pymc_flows.fit.objective.build_objective`.
     initialize : bool, default True
-        Search for a start: a Gaussian near the posterior, inside which the flow trains. If False, the
-        flow begins at the model's initial point with unit scales. No search is possible with minibatches,
-        ``more_obj_params`` or ``more_replacements``, because the density changes. An
+        Search for a start: a Gaussian near the posterior, inside which the flow trains. If False,
+        the flow begins at the model's initial point with unit scales. No search is possible with
+        minibatches, ``more_obj_params`` or ``more_replacements``, because the density changes. An
         approximation that was fitted before stays where it is and is trained further.
     patience : int, default 50
         Steps between two tests of the losses, at which the learning rate may be cut and the fit
         end. Larger values tell a slower decrease from noise. With 0 all ``n`` steps are taken.
     n_restarts : int, default 1
-        Fits from other points and weights, of which the one with the highest ELBO is kept. Fits that
-        fail are reported in a warning. Every second one is annealed over 1000 steps, unless ``annealing``
-        is given. ``approx.fit_stats["restarts"]`` has the ELBO of each, and how far its means and
-        standard deviations are from those kept; ``"restarts_agree"`` says whether they are close,
-        and a warning if not. A callback ends one fit, Ctrl-C all.
+        Fits from other points and weights, of which the one with the highest ELBO is kept. Fits
+        that fail are reported in a warning. Every second one is annealed over 1000 steps, unless
+        ``annealing`` is given. ``approx.fit_stats["restarts"]`` has the ELBO of each, and how far
+        its means and standard deviations are from those kept; ``"restarts_agree"`` says whether
+        they are close, and a warning if not. A callback ends one fit, Ctrl-C all.
     vectorize : bool, optional
-        Evaluate the log density of all draws as one batch, or loop over them. By default a batch, but
-        a loop if one draw's matrices are large or the model can't be batched (with a warning).
+        Evaluate the log density of all draws as one batch, or loop over them. By default a batch,
+        but a loop if one draw's matrices are large or the model can't be batched (with a warning).
     local_reparameterization : bool, optional
         Sample the pre-activations ``X @ W`` per row of the data instead of ``W``, for ``mnf``
         matrices (Kingma et al. 2015, arXiv:1506.02557). The ELBO is the same and its gradient less
-        noisy, but the multipliers go through the flow once a row. It needs independent weights given
-        multipliers of rows (``correlated=False``), and a likelihood that is a sum over rows and uses the
-        matrix in one product only; True raises an error if this does not hold for all matrices.
-        By default it is used with minibatches, for the matrices that allow it, if a step has at most
-        two million multipliers (draws times rows of the batch times rows of the matrices).
-        ``approx.fit_stats["local_reparameterization"]`` names the matrices.
+        noisy, but the multipliers go through the flow once a row. It needs independent weights
+        given multipliers of rows (``correlated=False``), and a likelihood that is a sum over rows
+        and uses the matrix in one product only; True raises an error if this does not hold for all
+        matrices. By default it is used with minibatches, for the matrices that allow it, if a step
+        has at most two million multipliers (draws times rows of the batch times rows of the
+        matrices). ``approx.fit_stats["local_reparameterization"]`` names the matrices.
     obj_n_mc : int, optional
-        Draws a step. By default 64; and 512 in a second stage, in which ``flow`` also has more layers
-        (unless there are callbacks, which may rely on the shape of the weights), if the importance
-        weights are uneven after the first.
+        Draws a step. By default 64; and 512 in a second stage, in which ``flow`` also has more
+        layers (unless there are callbacks, which may rely on the shape of the weights), if the
+        importance weights are uneven after the first.
     obj_optimizer : callable, optional
-        An optimizer of PyMC's form, such as ``pm.adam(learning_rate=1e-3)``. It has no schedule and no
-        adaptive clipping.
+        An optimizer of PyMC's form, such as ``pm.adam(learning_rate=1e-3)``. It has no schedule and
+        no adaptive clipping.
     total_grad_norm_constraint : float, optional
         Bound on the gradient's norm.
     more_obj_params, more_updates, more_replacements, compile_kwargs
@@ -127,8 +128,13 @@ class FitOptions:
         if self.learning_rate is not None and self.obj_optimizer is not None:
             raise TypeError("learning_rate must not be given with obj_optimizer, which has its own")
         for name, least in (
-            ("n", 0), ("annealing", 0), ("kl_warmup", 0), ("obj_n_mc", 1), ("patience", 0), ("n_restarts", 1),
-        ):  # fmt: skip
+            ("n", 0),
+            ("annealing", 0),
+            ("kl_warmup", 0),
+            ("obj_n_mc", 1),
+            ("patience", 0),
+            ("n_restarts", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -173,7 +179,7 @@ OPTION_NAMES = tuple(one.name for one in fields(FitOptions))
 
 
 def takes_fit_options(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a method that passes its arguments to :class:`FitOptions` their signature and description."""
+    """Give a method that passes its arguments to :class:`FitOptions` their signature and text."""
     own = next(iter(inspect.signature(method).parameters.values()))
     options = inspect.signature(FitOptions).parameters.values()
     positional = ("n", "score", "callbacks", "progressbar", "progressbar_theme")

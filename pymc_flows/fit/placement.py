@@ -133,7 +133,7 @@ class Placement:
         prior: np.ndarray | None,
         rng: np.random.Generator,
     ) -> tuple[Start, TransformedDensity]:
-        """Start from the non-centred or the centred form of the model, whichever has the higher ELBO."""
+        """Start from the non-centred or the centred model, whichever has the higher ELBO."""
         found = []
         transformed = TransformedDensity(density, group.noncentering, **self.compiling)
         for logit in (NONCENTERED, CENTERED):
@@ -156,9 +156,9 @@ class Placement:
         ]
         if wide:
             raise ValueError(
-                f"the posterior must be proper and no wider than {IMPROPER:.0e}, and the search for a "
-                f"start found no end to {', '.join(wide)} on the unconstrained space. Give these "
-                "variables proper priors, or rescale them"
+                f"the posterior must be proper and no wider than {IMPROPER:.0e}, and the search "
+                f"for a start found no end to {', '.join(wide)} on the unconstrained space. Give "
+                "these variables proper priors, or rescale them"
             )
 
     def _place(self, gaussian: Gaussian, suffices: bool) -> None:
@@ -175,8 +175,8 @@ class Placement:
     ) -> bool:
         """Whether a mixture base gets a component at each mode.
 
-        It does if the user asked for a mixture, or if the modes are nearly Gaussian. A flow bends all
-        components at once, so it fits a single curved mode better from one Gaussian.
+        It does if the user asked for a mixture, or if the modes are nearly Gaussian. A flow bends
+        all components at once, so it fits a single curved mode better from one Gaussian.
         """
         if len(start.modes) < 2:
             return False

@@ -55,7 +55,7 @@ class Recorder:
         return sum(c.evaluations for c in self.counters.values()) + self._earlier
 
     def add(self, run: TrainingRun, n_draws: int) -> None:
-        """Add a stage of training with ``n_draws`` draws a step; warn if much of it was not finite."""
+        """Add a stage of training with ``n_draws`` draws a step; warn if much was not finite."""
         self.count()
         stats, n_steps = self.stats, run.losses.size
         stats.steps += n_steps
@@ -70,7 +70,8 @@ class Recorder:
             warn_user(
                 f"{run.nonfinite_steps} of {n_steps} steps were skipped as not finite, and "
                 f"{share:.1%} of the other steps' draws were left out: the model's log density or "
-                "its gradient is not finite where the approximation has mass, or a draw itself is not"
+                "its gradient is not finite where the approximation has mass, or a draw itself is "
+                "not"
             )
 
     def add_stage(self, run: TrainingRun, first_step: int, n_draws: int, annealing: int) -> None:

@@ -34,7 +34,8 @@ class Attempt:
 def fit_several(approx: FlowApproximation, options: FitOptions) -> Ladder:
     """Fit ``n_restarts`` times and keep the fit with the highest ELBO.
 
-    ``approx.fit_stats`` counts what all took together, and gets ``restarts`` and ``restarts_agree``.
+    ``approx.fit_stats`` counts what all took together, and gets ``restarts`` and
+    ``restarts_agree``.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def _attempts(approx: FlowApproximation, options: FitOptions) -> list[Attempt]:
 
 
 def _annealing(options: FitOptions, restart: int) -> int | None:
-    """Anneal every second restart, unless annealing was asked for or excluded: it may find other modes."""
+    """Anneal every second restart, which may find other modes, unless the user chose."""
     left_to_fit = options.annealing is None and not options.kl_warmup
     return 2 * ANNEALING if left_to_fit and restart % 2 else None
 

@@ -19,8 +19,8 @@ from pymc_flows.posterior.approximation import FlowApproximation
 
 # Adam's decay of the mean gradient (Kingma & Ba 2015)
 BETA1 = 0.9
-# Adam's decay of the mean squared gradient. The first gradients, far from the posterior, are huge, and
-# Kingma & Ba's 0.999 would remember them for 1000 steps
+# Adam's decay of the mean squared gradient. The first gradients, far from the posterior, are huge,
+# and Kingma & Ba's 0.999 would remember them for 1000 steps
 BETA2 = 0.99
 # Adam's constant in the denominator (Kingma & Ba 2015)
 EPSILON = 1e-8
@@ -31,7 +31,7 @@ NEWEST_SHARE = 0.05
 
 
 class Taken(NamedTuple):
-    """What a step did: its loss, its number of valid draws, and whether it changed the parameters."""
+    """Outcome of a step: its loss, its valid draws, and whether it changed the parameters."""
 
     loss: float
     n_valid: int
@@ -42,8 +42,8 @@ class Step:
     """One compiled optimisation step, with its noise.
 
     Adam (Kingma & Ba 2015, arXiv:1412.6980) with gradients clipped at ten times their running norm,
-    unless an optimizer of PyMC's form is given. A step whose loss, gradient or new parameters are not
-    finite changes nothing.
+    unless an optimizer of PyMC's form is given. A step whose loss, gradient or new parameters are
+    not finite changes nothing.
 
     Parameters
     ----------

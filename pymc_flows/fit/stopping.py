@@ -1,6 +1,7 @@
-"""When a fit ends: the learning-rate schedule, the importance weights, and the reasons with a sentence each.
+"""When a fit ends: the learning-rate schedule, the importance weights, and the reasons.
 
-The thresholds are in :mod:`pymc_flows.statistics.criteria`, which the diagnosis and the comparison share.
+The thresholds are in :mod:`pymc_flows.statistics.criteria`, which the diagnosis and the comparison
+share.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class Stop:
 class Schedule:
     """Learning rate of each step, and the test for a plateau of the loss.
 
-    The rate warms up, stays at its peak while the loss falls, and is cut to a quarter whenever the last
-    steps, at most four windows, gained no more than their own Monte Carlo noise. If that happens
-    after ``max_cuts`` cuts, the stage ends. In the second half of ``n_steps`` the rate also
+    The rate warms up, stays at its peak while the loss falls, and is cut to a quarter whenever the
+    last steps, at most four windows, gained no more than their own Monte Carlo noise. If that
+    happens after ``max_cuts`` cuts, the stage ends. In the second half of ``n_steps`` the rate also
     falls along a cosine to a hundredth, so that the last steps average out their noise.
 
     Parameters
@@ -96,8 +97,8 @@ class Schedule:
     n_steps : int
         Most steps. The first tenth, at most 50, warm up.
     annealing : int, default 0
-        Steps over which the model's density is raised to a power that grows from 0.01 to 1 (Rezende &
-        Mohamed 2015, section 6.1).
+        Steps over which the model's density is raised to a power that grows from 0.01 to 1 (Rezende
+        & Mohamed 2015, section 6.1).
     kl_warmup : int, default 0
         Steps over which the weight of ``log q`` less the log prior grows to 1.
     window : int, default 50
@@ -141,7 +142,7 @@ class Schedule:
         return self.window > 0 and not step % self.window and step >= self.changing + self.window
 
     def observe(self, losses: np.ndarray) -> Stop | None:
-        """Test the losses so far; cut the rate at a plateau, and return a reason to end after the last cut."""
+        """Test the losses so far; cut the rate at a plateau, and end after the last cut."""
         step = losses.size
         self._since = max(self._since, self.changing)
         if not self.is_test_due(step) or step - self._since < 2 * self.window:

@@ -80,10 +80,11 @@ class Training:
     n_steps : int
         Most steps.
     callbacks : sequence of callable
-        Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the stage.
+        Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the
+        stage.
     end_test : callable, optional
-        Called when a test is due, with the schedule, the steps taken and the steps left. Returns a reason
-        to end, or None.
+        Called when a test is due, with the schedule, the steps taken and the steps left. Returns a
+        reason to end, or None.
     score : bool
         Whether callbacks get the losses; None otherwise.
     earlier : ndarray, optional

@@ -89,7 +89,7 @@ def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, d
 def record_of_context(
     context: TensorVariable | None, model: pm.Model, label: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Describe where a file finds a context again: a variable of the model, or an array of the file.
+    """Describe where a file finds a context again: in the model, or in an array of the file.
 
     Raises
     ------
@@ -113,8 +113,8 @@ def record_of_context(
         arrays[f"{label}_context"] = array.astype(float) if array.dtype.kind in "iub" else array
         return {"array": f"{label}_context", "dtype": str(array.dtype)}
     raise TypeError(
-        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved: take the "
-        f"weights to a group that has one; got {context}"
+        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved: take "
+        f"the weights to a group that has one; got {context}"
     )
 
 

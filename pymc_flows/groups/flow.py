@@ -55,8 +55,8 @@ LEAST_MOMENT_DRAWS = 256
 class FlowGroup(NoiseGroup):
     """Variables whose joint posterior is a normalizing flow's.
 
-    Made by ``pm.Group([...], vfam=<family or formula>, **options)``. None in place of the list stands for
-    all variables that no other group has.
+    Made by ``pm.Group([...], vfam=<family or formula>, **options)``. None in place of the list
+    stands for all variables that no other group has.
 
     Parameters
     ----------
@@ -81,11 +81,11 @@ class FlowGroup(NoiseGroup):
         (n, columns). Amortises variables whose first axis has length n: one flow makes every row of
         the variables, given the same row of the context, and all rows share its weights. New data
         with as many rows (``pm.set_data``) have their posterior without a further fit. May be
-        ``pm.Data``, a ``pm.Minibatch``, or an expression of shared variables; these are trained too if
-        they are given to the fit as ``more_obj_params``. With a minibatch, ``total_size`` of the
+        ``pm.Data``, a ``pm.Minibatch``, or an expression of shared variables; these are trained too
+        if they are given to the fit as ``more_obj_params``. With a minibatch, ``total_size`` of the
         observed variables must be the batch's, because PyMC does not scale up the density of latent
-        variables. To draw, give the weights (``params[0].get_value()``) to a group of the same family
-        whose context is the data wanted.
+        variables. To draw, give the weights (``params[0].get_value()``) to a group of the same
+        family whose context is the data wanted.
     **kwargs
         The family's options.
 
@@ -210,7 +210,7 @@ class FlowGroup(NoiseGroup):
         self.drop_cached_graphs()
 
     def restart(self, loc, factor, layers: Any = None, base: Base | None = None) -> None:
-        """As :meth:`place`, with initial weights drawn anew; ``layers="affine"`` is an affine map alone."""
+        """As :meth:`place`, with new initial weights; ``layers="affine"`` is one affine map."""
         self.place(loc, factor, affine_map(self.ddim) if layers == "affine" else layers, base)
         if self.shared_params is None:
             return
@@ -287,7 +287,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def inner_start_draws(self) -> np.ndarray | None:
-        """Start draws (draws, dim) as the layers before the non-centring see them; None without any."""
+        """Start draws (draws, dim) as the layers before the non-centring see them, or None."""
         if self.start_draws is None or self.noncentering is None:
             return self.start_draws
         return map_inverse(self.noncentering, self.start_draws)
@@ -304,7 +304,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a fit may choose the layers: those of the default family with weights of its own."""
+        """Whether a fit may choose the layers: only of the default family with its own weights."""
         own = self.shared_params is not None and self.context is None
         return self._is_default and own
 
@@ -372,7 +372,7 @@ class FlowGroup(NoiseGroup):
         )
 
     def draws_and_log_q(self, noise):
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log density (draws,)."""
+        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
         return self.distribution.draws_and_log_q(noise)
 
     def draws_and_score(self, noise):
@@ -403,7 +403,8 @@ class FlowGroup(NoiseGroup):
             ]
             raise NotImplementedInference(
                 f"log_density needs a flow with an inverse, and {self.flow!r} has none; draws "
-                f"carry their own log_q in sample_stats. Families with one: {', '.join(with_inverse)}"
+                "carry their own log_q in sample_stats. Families with one: "
+                f"{', '.join(with_inverse)}"
             )
         return self.distribution.log_density(x)
 
@@ -419,7 +420,7 @@ class FlowGroup(NoiseGroup):
 
     @node_property
     def mean(self):
-        """Mean (dim,), unconstrained, by quasi-Monte Carlo over 8192 draws (fewer above 512 dims)."""
+        """Mean (dim,), unconstrained, over 8192 quasi-random draws (fewer above 512 dims)."""
         return self._moment_draws.mean(axis=0)
 
     @node_property
@@ -435,7 +436,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def state(self) -> VIState:
-        """Mean and sd of each variable in the model's own space, over the same draws as ``mean``."""
+        """Mean and sd of each variable in the model's own space, over the draws of ``mean``."""
         return model_space_state(self.model, self.ordering, self._moment_draws)
 
     # Files.

@@ -22,7 +22,7 @@ from pymc_flows.groups.records import (
 
 
 def record_of_flow(group: Any, label: str, arrays: Arrays) -> dict[str, Any]:
-    """Describe a :class:`FlowGroup` as plain data; its arrays go into ``arrays`` under the label."""
+    """Describe a :class:`FlowGroup` as plain data; its arrays go into ``arrays``."""
     saved = record_of_variables(group, label, arrays)
     saved["rng"] = record_of_rng(group.rng, f"{label}_rng", arrays)
     for name in ("loc", "factor", "first_loc", "start_draws"):

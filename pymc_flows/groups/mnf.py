@@ -54,14 +54,15 @@ class MNFGroup(NoiseGroup):
 
     Made by ``pm.Group([W, ...], vfam="mnf", **options)``. By default each variable has its own
     :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first dimension,
-    are scaled by multipliers that went through gated couplings. For ``X @ W`` rows are the inputs; for
-    a convolution's kernels (out, in, h, w) they are the output channels. With
-    ``multipliers="weights"`` all variables together are one column, and each weight has a multiplier.
+    are scaled by multipliers that went through gated couplings. For ``X @ W`` rows are the inputs;
+    for a convolution's kernels (out, in, h, w) they are the output channels. With
+    ``multipliers="weights"`` all variables together are one column, and each weight has a
+    multiplier.
 
-    The density of a draw is not known, because the multipliers z can't be integrated out. ``log_q`` is
-    the log density of the draw and its multipliers less the auxiliary ``ln r(z|W)``. The ELBO is
-    then a second lower bound of the evidence. The importance weights ``log_p - log_q`` are those of W
-    and z jointly: they are uneven if q(W) is wrong, and also if only r is.
+    The density of a draw is not known, because the multipliers z can't be integrated out. ``log_q``
+    is the log density of the draw and its multipliers less the auxiliary ``ln r(z|W)``. The ELBO is
+    then a second lower bound of the evidence. The importance weights ``log_p - log_q`` are those of
+    W and z jointly: they are uneven if q(W) is wrong, and also if only r is.
 
     Parameters
     ----------
@@ -78,8 +79,8 @@ class MNFGroup(NoiseGroup):
     options : dict, optional
         The options of :func:`pymc_flows.families.matrices.mnf`. They can also be given as keywords.
     start : dict, optional
-        Initial means of the matrices by variable, constrained. By default the model's initial point;
-        with multipliers of rows, small random numbers are added, because from one point all
+        Initial means of the matrices by variable, constrained. By default the model's initial
+        point; with multipliers of rows, small random numbers are added, because from one point all
         units of a layer would stay alike.
     **kwargs
         The options.
@@ -130,8 +131,9 @@ class MNFGroup(NoiseGroup):
         for rv in group or []:
             if self.model.rvs_to_values[rv].ndim < 2:
                 raise GroupError(
-                    "variables of an mnf group must be matrices or kernels, of 2 dimensions or more, "
-                    f"got {rv.name!r} of {rv.ndim}; put it into another group, such as mean_field"
+                    "variables of an mnf group must be matrices or kernels, of 2 dimensions or "
+                    f"more, got {rv.name!r} of {rv.ndim}; put it into another group, such as "
+                    "mean_field"
                 )
         super().__init_group__(group)
         if empty := [name for name, _, shape, _ in self.ordering.values() if 0 in shape]:
@@ -267,8 +269,8 @@ class MNFGroup(NoiseGroup):
         Returns
         -------
         dict of str to tuple of TensorVariable
-            Multipliers of the noise's shape, and mean and sd (rows, columns); empty if each weight has a
-            multiplier.
+            Multipliers of the noise's shape, and mean and sd (rows, columns); empty if each weight
+            has a multiplier.
         """
         if not self.by_rows:
             return {}
@@ -289,7 +291,7 @@ class MNFGroup(NoiseGroup):
         return x, log_q, pt.zeros_like(x)
 
     def map_base(self, z):
-        """Map noise z (draws, noise_dim) to x (draws, dim), log_q, and the normal log density of z."""
+        """Map noise z (draws, noise_dim) to x (draws, dim), log_q, and the log density of z."""
         return *self.draws_and_log_q(z), normal_log_density(z)
 
     def log_density_of(self, x):
@@ -391,7 +393,7 @@ def by_layers(
     start: Any = None,
     **options: Any,
 ) -> Sequence[Group]:
-    """Split a model's variables: matrices and kernels into an mnf group, the others into mean field.
+    """Split a model's variables: matrices and kernels go to mnf, the others to mean field.
 
     Parameters
     ----------

@@ -59,6 +59,7 @@ class NoiseGroup(Group, FitGroup):
         if taken:
             name = taken[0]
             warn_user(
-                f"`{name}` was read before initialisation and is stale: read it after the fit, or anew "
-                f"at each step, as in Tracker({name}=lambda approx, losses, i: approx.{name}.eval())"
+                f"`{name}` was read before initialisation and is stale: read it after the fit, or "
+                "anew at each step, as in "
+                f"Tracker({name}=lambda approx, losses, i: approx.{name}.eval())"
             )

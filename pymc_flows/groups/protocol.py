@@ -1,8 +1,8 @@
 """What a fit, a file and a diagnosis ask of any group of variables.
 
 Flows and mnf groups answer themselves. PyMC's mean-field and full-rank groups get an adapter, which
-leaves them as they are (:mod:`pymc_flows.groups.pymc_groups`). Code outside this folder never asks of
-which class a group is.
+leaves them as they are (:mod:`pymc_flows.groups.pymc_groups`). Code outside this folder never asks
+of which class a group is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class FitGroup(abc.ABC):
     kind : str
         Name of the class of groups in files.
     has_score : bool
-        Whether draws carry the score of their density. Groups whose ``log_q`` only bounds a density have
-        none; a fit takes the whole reparametrization gradient for them.
+        Whether draws carry the score of their density. Groups whose ``log_q`` only bounds a density
+        have none; a fit takes the whole reparametrization gradient for them.
     placeable : bool
         Whether a fit may move the group to a Gaussian near the posterior.
     fitted : bool
@@ -90,7 +90,7 @@ class FitGroup(abc.ABC):
 
     @property
     def inner_start_draws(self) -> np.ndarray | None:
-        """Start draws (draws, dim) as the layers before a non-centring see them; None without any."""
+        """Start draws (draws, dim) as the layers before a non-centring see them, or None."""
         return self.start_draws
 
     @property
@@ -116,11 +116,11 @@ class FitGroup(abc.ABC):
     def draws_and_score(
         self, noise: TensorVariable
     ) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
-        """As :meth:`draws_and_log_q`, and the score (draws, dim); zeros where ``has_score`` is false."""
+        """As :meth:`draws_and_log_q`, and the score (draws, dim); zeros if not ``has_score``."""
 
     @abc.abstractmethod
     def map_base(self, z: TensorVariable) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
-        """Map z (draws, base_dim) to x (draws, dim); also log q of x and the base's log density of z."""
+        """Map z (draws, base_dim) to x (draws, dim), with log q of x and log density of z."""
 
     @abc.abstractmethod
     def log_density_of(self, x: TensorVariable) -> TensorVariable:
@@ -141,11 +141,11 @@ class FitGroup(abc.ABC):
         """Point (dim,) at which the group starts."""
 
     def place(self, loc: np.ndarray, factor: Any) -> None:
-        """Put the group, its weights kept, inside the affine map ``loc + factor z``, if ``placeable``."""
+        """Put the group inside the affine map ``loc + factor z``; its weights stay."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def restart(self, loc: np.ndarray, factor: Any, layers: Any = None, base: Any = None) -> None:
-        """As :meth:`place`, with initial weights drawn anew; ``layers="affine"`` is an affine map alone."""
+        """As :meth:`place`, with new initial weights; ``layers="affine"`` is one affine map."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def put_components(self, gaussians: Sequence[tuple[np.ndarray, Any]]) -> None:
@@ -157,7 +157,7 @@ class FitGroup(abc.ABC):
         raise NotImplementedError(f"{self} can't grow")
 
     def local_weights(self) -> tuple[list[str], dict[str, str]]:
-        """Value variables whose products with data may be drawn in place of them; why not the others.
+        """Value variables whose products with data may be drawn instead; why not the others.
 
         Kingma et al. 2015, arXiv:1506.02557.
         """
@@ -166,7 +166,7 @@ class FitGroup(abc.ABC):
     def local_laws(
         self, noise: Mapping[str, TensorVariable]
     ) -> dict[str, tuple[TensorVariable, TensorVariable, TensorVariable]]:
-        """For each value variable of ``noise`` its multipliers, mean and sd, for products drawn locally."""
+        """For each value variable of ``noise`` its multipliers, mean and sd, for local draws."""
         return {}
 
     @abc.abstractmethod
@@ -179,7 +179,7 @@ class FitGroup(abc.ABC):
 
     @abc.abstractmethod
     def forget(self) -> None:
-        """Go back to how the group was made, with initial weights drawn anew; PyMC's groups stay."""
+        """Go back to how the group was made, with new initial weights; PyMC's groups stay."""
 
     @abc.abstractmethod
     def snapshot(self) -> Restore:

@@ -23,7 +23,7 @@ from pymc_flows.messages import did_you_mean
 
 Shapes = Mapping[str, tuple[int, ...]]
 Ordering = Mapping[str, tuple[str, slice, tuple[int, ...], str]]
-"""PyMC's record of a group: value variable's name to (name, slice, shape, dtype) in the flat vector."""
+"""PyMC's record of a group: a value variable's name to (name, slice, shape, dtype)."""
 
 # draws taken from an approximation that is given as a start
 START_DRAWS = 1000
@@ -48,7 +48,8 @@ def arrays_of_points(points: Any, names: Sequence[str], model: pm.Model) -> dict
     names : sequence of str
         Variables to take.
     model : Model
-        Its other variables may be in ``points``; names that it does not know are errors in a mapping.
+        Its other variables may be in ``points``; names that it does not know are errors in a
+        mapping.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Every threshold by which a fit is accepted, continued, graded or refused, and the tests that use them.
+"""Every threshold by which a fit is accepted, continued, graded or refused, and its tests.
 
-The start, the ladder, the diagnosis, the comparison, the corrections and the benchmarks all read this
-module. To change a criterion, change it here.
+The start, the ladder, the diagnosis, the comparison, the corrections and the benchmarks all read
+this module. To change a criterion, change it here.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ WORST_GRADE = "off"
 class Thresholds:
     """Thresholds on importance weights and on what they would change.
 
-    Effective sample sizes (``ess``) are shares of the draws. Shifts of means and Wasserstein-1 distances
-    (``w1``) are in standard deviations; changes of variances are relative. Where no source is given, the
-    value was chosen on the posteriors of ``benchmarks/posteriors``.
+    Effective sample sizes (``ess``) are shares of the draws. Shifts of means and Wasserstein-1
+    distances (``w1``) are in standard deviations; changes of variances are relative. Where no
+    source is given, the value was chosen on the posteriors of ``benchmarks/posteriors``.
 
     Attributes
     ----------
@@ -93,7 +93,8 @@ class Thresholds:
     ess_noise : float
         What an ess from a few draws may fall short by, and more draws be worth weighing.
     hopeless_ess_of_few : float
-        Ess from a few draws below which more draws are weighed, to see whether the stage is hopeless.
+        Ess from a few draws below which more draws are weighed, to see whether the stage is
+        hopeless.
     hopeless_ess : float
         Ess below which a stage is ended early because a larger flow will follow.
     doubtful_ess : float
@@ -107,7 +108,8 @@ class Thresholds:
     restart_sd_ratio : float
         Largest ratio of standard deviations, either way, between restarts that agree.
     reliable_mean_error : float
-        Largest stated error of a mean with which a fit is reliable as it is; that of grade "accurate".
+        Largest stated error of a mean with which a fit is reliable as it is; that of grade
+        "accurate".
     reliable_sd_error : float
         Largest stated relative error of a standard deviation with which it is.
     reliable_quantile_error : float
@@ -117,8 +119,8 @@ class Thresholds:
     effective_draws : int
         Fewest effective draws that a correction or a diagnosis can work with.
     invalid_share : float
-        Largest share of draws without a finite density in a fit that may be relied on; of steps that
-        were skipped, the largest without a warning.
+        Largest share of draws without a finite density in a fit that may be relied on; of steps
+        that were skipped, the largest without a warning.
     rhat : float
         Largest R-hat of chains that have converged (Vehtari et al. 2021).
     effective_draws_per_chain : int
@@ -161,7 +163,7 @@ THRESHOLDS = Thresholds()
 
 
 def keeps_shape(change: WeightedChange) -> bool:
-    """Whether the weights leave quantiles where they are; two modes under one hump would move them."""
+    """Whether the weights leave quantiles as they are; two modes in one hump would not."""
     return float(change.w1.max() - 2 * change.w1_noise) < THRESHOLDS.w1
 
 
@@ -212,6 +214,6 @@ def may_end_early(change: WeightedChange) -> bool:
 
 
 def restarts_agree(shift: float, sd_ratio: float) -> bool:
-    """Whether two fits agree, by their largest difference of means and ratio of standard deviations."""
+    """Whether two fits agree, by their largest difference of means and ratio of sds."""
     limit = THRESHOLDS.restart_sd_ratio
     return shift < THRESHOLDS.restart_shift and 1 / limit < sd_ratio < limit

@@ -11,7 +11,8 @@ from pymc_flows.statistics.distances import transport
 
 # nats; log weights that differ by less are equal up to rounding
 EQUAL = 1e-6
-# nats below the smallest finite log weight; what stands for a weight of zero while others are smoothed
+# nats below the smallest finite log weight; what stands for a weight of zero while others are
+# smoothed
 BELOW = 50.0
 
 
@@ -49,7 +50,8 @@ class SmoothedWeights:
         (draws,), smoothed, with sum one.
     khat : float
         Shape of the generalised Pareto distribution of the largest weights. Below 0.5 they have a
-        variance, below 1 a mean. 0 where all weights are equal, infinite where fewer than two are finite.
+        variance, below 1 a mean. 0 where all weights are equal, infinite where fewer than two are
+        finite.
     log_evidence : float
         Log of the mean smoothed weight, in nats.
     log_evidence_se : float
@@ -120,11 +122,14 @@ class WeightedChange:
     ess : float
         Effective sample size as a share of the draws (Kong 1992); 1 if all weights are equal.
     mean_shift, mean_shift_se : ndarray
-        (dim,), absolute change of each mean in the draws' standard deviations, and its standard error.
+        (dim,), absolute change of each mean in the draws' standard deviations, and its standard
+        error.
     variance_change, variance_change_se : ndarray
-        (dim,), absolute relative change of each variance about the draws' mean, and its standard error.
+        (dim,), absolute relative change of each variance about the draws' mean, and its standard
+        error.
     w1 : ndarray
-        (dim,), Wasserstein-1 distance between the draws and the weighted draws, in standard deviations.
+        (dim,), Wasserstein-1 distance between the draws and the weighted draws, in standard
+        deviations.
     w1_noise : float
         Expected w1 of a normal dimension that is independent of the weights.
     """

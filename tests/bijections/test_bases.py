@@ -13,8 +13,8 @@ from scipy import stats
 
 from pymc_flows import NormalizingFlow, load, neutra_model, plot_warp, save
 from pymc_flows.bijections import Mixture, Params, StandardNormal, StudentT, flatten
-from pymc_flows.families.build import FULL_MIXTURE_MAX_DIM, build_base
 from pymc_flows.bijections.bases import _log_gamma_ratio, _relative_expm1
+from pymc_flows.families.build import FULL_MIXTURE_MAX_DIM, build_base
 from pymc_flows.fit.objective import GRADIENTS, build_objective
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
