@@ -107,7 +107,7 @@ def fit(name, part, seed):
         cpu = time.process_time() - started
         result = approx.sample(4000, random_seed=seed)
     weights = (result.sample_stats.log_p - result.sample_stats.log_q).values
-    found = errors(name, joined(result.posterior.to_dataset().data_vars))
+    found = errors(name, joined(result.posterior.to_dataset()))
     return {
         "without": part,
         "posterior": name,

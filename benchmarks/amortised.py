@@ -1,8 +1,9 @@
-"""A small deep latent Gaussian model of scikit-learn's digits, its latent variables amortised.
+"""A small deep latent Gaussian model of scikit-learn's digits, with amortised inference.
 
-As Rezende & Mohamed 2015 (arXiv:1505.05770, section 6.2 and figure 4): two layers of Gaussian latent
-variables, a decoder that is trained along, and an approximate posterior of each image's latent variables
-that a network computes from the image; the bound of test images against the number of flow layers. ::
+The model follows Rezende & Mohamed 2015 (arXiv:1505.05770, section 6.2 and figure 4). It has two
+layers of Gaussian latent variables and a decoder, trained jointly. A network maps each image to
+the approximate posterior of its latent variables. The table shows the bound of test images by
+number of flow layers. ::
 
     python -m benchmarks.amortised --output benchmarks/results/amortised.md
 """
@@ -24,8 +25,15 @@ from sklearn.datasets import load_digits
 import pymc_flows as pmf
 from benchmarks.machine import describe
 
-TOP, BOTTOM, HIDDEN = 2, 6, 32
-BATCH, N_TEST = 100, 397
+# Latent variables of the top and of the bottom layer, and hidden units of the decoder.
+TOP = 2
+BOTTOM = 6
+HIDDEN = 32
+# Images of a minibatch, and held out.
+BATCH = 100
+N_TEST = 397
+# Draws of the latent variables of each test image.
+DRAWS = 200
 FIT = {"n": 3000, "obj_n_mc": 4, "learning_rate": 3e-3, "patience": 0}
 MEAN_FIELD = "mean field"
 FLOWS = {
@@ -33,7 +41,6 @@ FLOWS = {
     **{f"planar, {k} layers": ("planar", {"n_layers": k}) for k in (4, 16)},
     **{f"iaf, {k} layers": ("iaf", {"n_layers": k}) for k in (1, 2, 4)},
 }
-DRAWS = 200
 
 
 @functools.cache
@@ -54,14 +61,14 @@ def decoder(seed: int) -> dict:
     }
     biases = {f"{name}_biases": np.zeros(n_out) for name, (_, n_out) in widths.items()}
     return {
-        # with static shapes, or JAX would warn that it leaves out checks of them
+        # without static shapes JAX warns that it skips checks of them
         name: pytensor.shared(value, name=name, shape=value.shape)
         for name, value in (weights | biases).items()
     }
 
 
 def model(images, n: int, weights: dict) -> pm.Model:
-    """Build the model of n images."""
+    """The model of n images."""
     with pm.Model() as built:
         top = pm.Normal("top", shape=(n, TOP))
         mean = pt.tanh(top @ weights["between_weights"] + weights["between_biases"])
@@ -80,7 +87,7 @@ def group(built: pm.Model, images, flow: tuple) -> pm.Group:
 
 
 def bound(flow: tuple, seed: int) -> dict[str, float]:
-    """Train on minibatches: the bound of a test image, in nats, and how long a step took, in ms."""
+    """Train on minibatches; return the bound of a test image in nats and a step's milliseconds."""
     training, test = digits()
     weights = decoder(seed)
     batch = pm.Minibatch(training, batch_size=BATCH)
@@ -99,7 +106,7 @@ def bound(flow: tuple, seed: int) -> dict[str, float]:
 
 
 def report(results: pd.DataFrame, seeds: list[int]) -> str:
-    """Write the table and what it was made with."""
+    """Write the table, its explanation and the settings."""
     lines = [
         "| posterior | bound, nats an image | gain on mean field | ms a step |",
         "|---" * 4 + "|",
@@ -120,16 +127,17 @@ def report(results: pd.DataFrame, seeds: list[int]) -> str:
     n_training, n_test = map(len, digits())
     return f"""# A deep latent Gaussian model, amortised
 
-scikit-learn's digits, 8 x 8 pixels, black or white: {n_training} images to train on, {n_test} to test. {TOP} latent
-variables above {BOTTOM}, a decoder of {HIDDEN} tanh units trained along, one flow for all images that sees
-the image. The bound is log p(x) - KL of a test image, as in figure 4 of Rezende & Mohamed 2015: mean (least
-to most) over seeds {", ".join(map(str, seeds))}, each from {DRAWS} draws of every image's latent variables.
+scikit-learn's digits, 8 x 8 pixels, black or white: {n_training} images to train on, {n_test} to
+test. The model has {TOP} latent variables above {BOTTOM}, and a decoder with {HIDDEN} tanh
+units that is trained jointly. One flow, conditioned on the image, serves all images. The bound is
+log p(x) - KL of a test image, as in figure 4 of Rezende & Mohamed 2015: mean (smallest to largest)
+over seeds {", ".join(map(str, seeds))}, each from {DRAWS} draws of every image's latent variables.
 
 {table}
 
-Each fit: `fit({", ".join(f"{k}={v}" for k, v in FIT.items())})`, minibatches of {BATCH}. The planar
-layers have weights in common, and what depends on the image is the affine map after them; those of
-iaf see the image each.
+Each fit: `fit({", ".join(f"{k}={v}" for k, v in FIT.items())})`, minibatches of {BATCH}. The
+weights of planar layers are the same for all images; only the affine map after them depends on the
+image. Each iaf layer depends on the image.
 
 {describe("pymc-flows", "jax", "scikit-learn")}.
 """

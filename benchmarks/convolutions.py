@@ -1,25 +1,30 @@
 """Digits by a convolutional network, as in Louizos & Welling 2017 (section 4.2).
 
-The digits and what is judged are those of ``neural_networks.py``; steps and draws are more, for the
-difference in likelihood is small beside what fits of 8,000 steps still gain and 300 draws leave to chance.
-NUTS, on all images at once, says what the posterior's own predictions are. ::
+Digits and scores are those of ``neural_networks.py``. Fits take more steps and predictions more
+draws, because the differences in likelihood are small beside the remaining gain after 8,000 steps
+and the noise of 300 draws. NUTS, on all images at once, gives the predictions of the exact
+posterior. ::
 
     python -m benchmarks.convolutions --output benchmarks/results/convolutions.md
 """
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pandas as pd
 import pymc as pm
 import pytensor.tensor as pt
+import xarray as xr
 
 from benchmarks.machine import describe
-from benchmarks.neural_networks import (
+from benchmarks.networks import (
     BATCH,
     DIGITS,
     INDEPENDENT,
     KNOWN,
+    Predict,
     about_digits,
     against_mean_field,
     command,
@@ -31,17 +36,25 @@ from benchmarks.neural_networks import (
     table,
 )
 
-FILTERS, SIZE, DROPPED = 16, 3, 0.3
-OPTIONS, DRAWS = DIGITS | {"n": 16_000}, 2000
+# Filters, and pixels along a side of each.
+FILTERS = 16
+SIZE = 3
+# Share of units that dropout removes.
+DROPPED = 0.3
+# Fit options, and draws behind each prediction.
+OPTIONS = DIGITS | {"n": 16_000}
+DRAWS = 2000
+# Label of NUTS in the table.
 NUTS = "NUTS, a chain"
-SIDE = 8 - SIZE + 1  # positions of a filter along a side
-# Mean of each two by two positions.
+# Positions of a filter along a side.
+SIDE = 8 - SIZE + 1
+# Means over blocks of two by two positions, as a matrix.
 POOL = np.kron(np.kron(np.eye(SIDE // 2), [[0.5, 0.5]]), np.kron(np.eye(SIDE // 2), [[0.5, 0.5]]))
 POOL = POOL.reshape(-1, SIDE**2)
 
 
-def patches(images) -> np.ndarray:
-    """What a filter sees at each position, and a one for its bias (images, positions, 10)."""
+def patches(images: np.ndarray) -> np.ndarray:
+    """Pixels under a filter at each position, and a one for the bias (images, positions, 10)."""
     square = images[:, :64].reshape(-1, 8, 8)
     seen = np.lib.stride_tricks.sliding_window_view(square, (SIZE, SIZE), axis=(1, 2))
     seen = seen.reshape(len(images), SIDE**2, SIZE**2)
@@ -49,7 +62,7 @@ def patches(images) -> np.ndarray:
 
 
 def model(minibatches: bool = True) -> pm.Model:
-    """Filters, tanh units, means of two by two of them, classes; on minibatches or all images."""
+    """Filters, tanh units, means of two by two units, classes; on minibatches or all images."""
     (images, labels), _, _ = digits()
     batch, answers = pt.constant(patches(images)), labels.astype("int32")
     if minibatches:
@@ -66,14 +79,14 @@ def model(minibatches: bool = True) -> pm.Model:
     return made
 
 
-def features(filters, seen) -> tuple[np.ndarray, np.ndarray]:
-    """Units (images, positions, filters), and their means (images, filters x places)."""
+def features(filters: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Units (images, positions, filters), and their means (images, filters x blocks)."""
     units = np.tanh(seen @ filters)
     return units, (POOL @ units).swapaxes(1, 2).reshape(len(seen), -1)
 
 
-def predictions(posterior):
-    """Predictive probabilities of images, averaged over draws."""
+def predictions(posterior: xr.Dataset) -> Predict:
+    """A function from images to predictive probabilities, averaged over draws."""
     draws = [posterior[name].values[0] for name in ("kernel", "bias", "last")]
 
     def predict(images):
@@ -86,8 +99,8 @@ def predictions(posterior):
     return predict
 
 
-def network(seed: int, rate: float = 0.0, steps: int = 4000, draws: int = 200):
-    """Predictions of an ordinary network of this size, with dropout before the last layer or without."""
+def network(seed: int, rate: float = 0.0, steps: int = 4000, draws: int = 200) -> Predict:
+    """An ordinary network of this size, with or without dropout before the last layer."""
     (images, labels), _, _ = digits()
     rng, seen = np.random.default_rng(seed), patches(images)
 
@@ -103,7 +116,7 @@ def network(seed: int, rate: float = 0.0, steps: int = 4000, draws: int = 200):
         back = ((p @ weights[1].T) * mask).reshape(BATCH, FILTERS, -1).swapaxes(1, 2)
         back = (POOL.T @ back) * (1 - units**2)
         found = [np.tensordot(seen[rows], back, axes=((0, 1), (0, 1))), (pooled * mask).T @ p]
-        # the norm's weight is that of a unit normal prior
+        # the weight decay is that of a unit normal prior
         return [g / BATCH + w / len(images) for g, w in zip(found, weights, strict=True)]
 
     shapes = (SIZE**2 + 1, FILTERS), (FILTERS * len(POOL), len(KNOWN))
@@ -120,7 +133,7 @@ def network(seed: int, rate: float = 0.0, steps: int = 4000, draws: int = 200):
 
 
 def classifiers(seed: int) -> list[dict]:
-    """All methods, one seed."""
+    """Scores of all methods for one seed."""
     rows = []
     for method in ("mnf", INDEPENDENT, "mean field"):
         approx, step = fit(model(), method, seed, OPTIONS)
@@ -147,16 +160,17 @@ def nuts() -> list[dict]:
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Write the table and what it comes to."""
+    """Write the table and its explanation."""
     return "\n".join(
         [
             "# Digits by a convolutional network",
             "",
             about_digits(
-                f"{FILTERS} filters of {SIZE} x {SIZE}, tanh units, means of two by two of them"
+                f"{FILTERS} filters of {SIZE} x {SIZE}, tanh units, means of two by two units"
             )
-            + " The last layer's products are drawn locally where weights are independent."
-            + f" {OPTIONS['n']:,} steps, {DRAWS:,} draws a prediction; of NUTS two chains of 250.",
+            + " Where weights are independent, the last layer's products are drawn locally. "
+            f"Fits take {OPTIONS['n']:,} steps, predictions {DRAWS:,} draws. NUTS has two chains "
+            "of 250 draws.",
             "",
             *table(rows),
             "",
@@ -168,7 +182,7 @@ def report(rows: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    def make(options):
+    def make(options: argparse.Namespace) -> str:
         seeds = range(1, options.seeds + 1)
         fits = [row for seed in seeds for row in classifiers(seed)]
         return report(pd.DataFrame(fits + nuts()))

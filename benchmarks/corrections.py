@@ -1,7 +1,8 @@
-"""Corrections of a flow fit beside reference draws: two-sample tests, and effective draws a gradient.
+"""Corrections of a flow fit beside reference draws: two-sample tests, effective draws per gradient.
 
-Of the default fit of four posteriors: as it is, resampled, by independence Metropolis-Hastings and by NUTS
-in the flow's base space; and plain NUTS. All samplers are nutpie's. ::
+The default fit of four posteriors is taken as it is, resampled, corrected by independence
+Metropolis-Hastings, and used as the base space of NUTS. Plain NUTS runs beside. All NUTS is
+nutpie's. ::
 
     python -m benchmarks.corrections --seeds 1 2 3 --output benchmarks/results/corrections.md
 """
@@ -11,12 +12,21 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pymc as pm
+import xarray as xr
+from arviz_stats.base import array_stats
 
+import pymc_flows as pmf
+from benchmarks.grading import comparable, joined
 from benchmarks.machine import describe
+from benchmarks.posteriors import models
+from pymc_flows.statistics import distances
 
 POSTERIORS = (
     "eight_schools-eight_schools_centered",
@@ -24,37 +34,42 @@ POSTERIORS = (
     "ig-german_credit_sparse_logistic",
     "sbi-slcp",
 )
+# Each distance, and the decimals that the table prints of it.
 MEASURES = {"sliced_wasserstein": 3, "mmd": 4, "classifier": 3}
-"""Distances, and the digits that they are printed with."""
+# Permutations behind each p-value; it must stay small when multiplied by the number of tests.
+N_PERMUTATIONS = 2000
+# Draws of the fit, of its resampling, and the most that a test takes of a chain.
+DRAWS = 4000
+# Draws of independence Metropolis-Hastings, which take no gradients.
+IMH_DRAWS = 50_000
+# Draws of each chain of NUTS, and its chains.
+NUTS_DRAWS = 1000
+NUTS_CHAINS = 4
+# Fewest draws that a test takes of a chain with at least as many effective draws.
+FEWEST_DRAWS = 50
+# Ways whose draws are chains, and so correlated.
+CHAINS = ("sample_imh", "sample_neutra", "NUTS")
+# Level of the joint test in the second table.
+LEVEL = 0.05
 
 
-def flat(name, posterior, variables):
-    """Draws (draws, scalars) as the references compare them, chains end to end."""
-    from benchmarks.grading import comparable
-    from benchmarks.posteriors import models
-
-    entry = models.REGISTRY[name]
-    return np.concatenate(
-        [comparable(entry, v, np.concatenate(list(np.asarray(posterior[v])))) for v in variables],
-        axis=1,
-    )
+def matrix(name: str, draws: Any, variables: Sequence[str]) -> np.ndarray:
+    """Draws (draws, scalars) of some variables, as the references compare them."""
+    entry = models.entry(name)
+    return np.concatenate([comparable(entry, v, draws[v]) for v in variables], axis=1)
 
 
-def two_sample(draws, known, seed):
+def two_sample(draws: np.ndarray, known: np.ndarray, seed: int) -> dict[str, distances.Distance]:
     """Distances of draws (draws, scalars) from reference draws, by name."""
-    from pymc_flows.statistics import distances
-
-    # so many that a p-value can be small even when multiplied by the number of tests of a posterior
-    distances.N_PERMUTATIONS = 2000
+    distances.N_PERMUTATIONS = N_PERMUTATIONS
     middle, sd = known.mean(axis=0), known.std(axis=0)
     left, right = (draws - middle) / sd, (known - middle) / sd
     rng = np.random.default_rng(seed)
     return {name: getattr(distances, name)(left, right, rng) for name in MEASURES}
 
 
-def least_ess(posterior, variables):
-    from arviz_stats.base import array_stats
-
+def least_ess(posterior: xr.Dataset, variables: Sequence[str]) -> float:
+    """Smallest effective sample size over all scalars."""
     sizes = []
     for variable in variables:
         array = np.asarray(posterior[variable], dtype=float)
@@ -63,59 +78,69 @@ def least_ess(posterior, variables):
     return float(min(sizes))
 
 
-def rows_of(name, seed):
-    """Fit, correct, and compare: a row a way."""
-    import pymc as pm
+def thinned(draws: np.ndarray, ess: float) -> np.ndarray:
+    """Evenly spaced draws of a chain, for tests that take draws to be independent.
 
-    import pymc_flows as pmf
-    from benchmarks.posteriors import models
+    Half the effective sample size is kept. The whole would still repeat draws of a chain that
+    stays in one place for long, as independence Metropolis-Hastings can.
+    """
+    count = min(DRAWS, max(ess / 2, min(ess, FEWEST_DRAWS)))
+    return draws[:: max(1, round(len(draws) / count))]
 
-    reference = models.load_reference(name)
-    variables = [v for v in models.REGISTRY[name].variables if v in reference]
-    known = np.concatenate([_comparable(name, v, reference[v]) for v in variables], axis=1)
-    model = models.build(name)
-    quiet = {"progressbar": False, "quiet": True, "cores": 2, "random_seed": seed}
+
+def ways_of(
+    approx: pmf.FlowApproximation, model: pm.Model, seed: int
+) -> dict[str, Callable[[], xr.DataTree]]:
+    """Name of each way to draws, and a function that takes it."""
+    quiet: dict[str, Any] = {
+        "progressbar": False,
+        "quiet": True,
+        "cores": 2,
+        "random_seed": seed,
+        "chains": NUTS_CHAINS,
+        "discard_tuned_samples": False,
+    }
+    return {
+        "flow": lambda: approx.sample(DRAWS, random_seed=seed),
+        "importance_resample": lambda: pmf.importance_resample(approx, DRAWS, random_seed=seed),
+        "sample_imh": lambda: pmf.sample_imh(approx, IMH_DRAWS, random_seed=seed),
+        "sample_neutra": lambda: pmf.sample_neutra(approx, NUTS_DRAWS, **quiet),
+        "NUTS": lambda: pm.sample(NUTS_DRAWS, nuts_sampler="nutpie", model=model, **quiet),
+    }
+
+
+def rows_of(name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Fit, correct and compare; yield a row for each way."""
+    reference, model = models.load_reference(name), models.build(name)
+    variables = [v for v in models.entry(name).variables if v in reference]
+    known = matrix(name, reference, variables)
     with model:
         approx = pm.fit(method="flow", random_seed=seed, progressbar=False)
-    ways = {
-        "flow": lambda: approx.sample(4000, random_seed=seed),
-        "importance_resample": lambda: pmf.importance_resample(approx, 4000, random_seed=seed),
-        "sample_imh": lambda: pmf.sample_imh(approx, 50_000, random_seed=seed),
-        "sample_neutra": lambda: pmf.sample_neutra(
-            approx, 1000, chains=4, discard_tuned_samples=False, **quiet
-        ),
-        "NUTS": lambda: pm.sample(
-            1000, chains=4, nuts_sampler="nutpie", model=model, discard_tuned_samples=False, **quiet
-        ),
-    }
-    for way, sample in ways.items():
+    for way, sample in ways_of(approx, model, seed).items():
         started = time.process_time()
         result = sample()
-        row = {"posterior": name, "seed": seed, "way": way, "cpu": time.process_time() - started}
-        draws = flat(name, result.posterior, variables)
-        if way in ("sample_imh", "sample_neutra", "NUTS"):
-            row["ess"] = least_ess(result.posterior, variables)
-            # the tests take draws to be independent; at the effective size itself, a chain that stays in
-            # one place for long, as independence Metropolis-Hastings can, still repeats draws
-            count = min(4000, max(row["ess"] / 2, min(row["ess"], 50)))
-            draws = draws[:: max(1, round(len(draws) / count))]
+        cpu = time.process_time() - started
+        row = {"posterior": name, "seed": seed, "way": way, "cpu": cpu}
+        posterior = result["posterior"].to_dataset()
+        draws = matrix(name, joined(posterior), variables)
+        if way in CHAINS:
+            row["ess"] = least_ess(posterior, variables)
+            draws = thinned(draws, row["ess"])
         row |= two_sample(draws, known, seed)
         if "n_steps" in result.get("sample_stats", {}):
             groups = ["sample_stats", "warmup_sample_stats"]
-            steps = sum(float(result[g]["n_steps"].sum()) for g in groups if g in result.children)
-            row["gradients"] = steps
+            steps = [float(result[g]["n_steps"].sum()) for g in groups if g in result.children]
+            row["gradients"] = sum(steps)
         yield row
 
 
-def _comparable(name, variable, values):
-    from benchmarks.grading import comparable
-    from benchmarks.posteriors import models
-
-    return comparable(models.REGISTRY[name], variable, values)
+def emphasised(text: str, bold: bool) -> str:
+    """Markdown for a cell."""
+    return f"**{text}**" if bold else text
 
 
-def table(rows):
-    """Markdown: a line a posterior, seed and way."""
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: a line for each posterior, seed and way."""
     head = (
         "posterior | seed | way | sliced W1 (null) | MMD² (null) | classifier (null) | least ESS "
         "| gradients | ESS / 1000 gradients | CPU s"
@@ -123,10 +148,10 @@ def table(rows):
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     for row in rows:
         cells = [row["posterior"], row["seed"], row["way"]]
-        for measure, digits in MEASURES.items():
+        for measure, decimals in MEASURES.items():
             found = row[measure]
-            bold = "**" * (found.value > found.null)
-            cells.append(f"{bold}{found.value:.{digits}f}{bold} ({found.null:.{digits}f})")
+            value = emphasised(f"{found.value:.{decimals}f}", found.value > found.null)
+            cells.append(f"{value} ({found.null:.{decimals}f})")
         ess, gradients = row.get("ess", np.nan), row.get("gradients", np.nan)
         cells += [
             "" if np.isnan(ess) else f"{ess:.0f}",
@@ -138,8 +163,8 @@ def table(rows):
     return lines
 
 
-def passed(frame):
-    """Markdown: for each posterior and way, the least p-value of all its tests times their number."""
+def joint_tests(frame: pd.DataFrame) -> list[str]:
+    """Markdown: for each posterior and way, the smallest p-value times the number of tests."""
     ways = list(frame["way"].unique())
     lines = [f"| posterior | {' | '.join(ways)} |", "|---|" + "---|" * len(ways)]
     for name, of_posterior in frame.groupby("posterior", sort=False):
@@ -147,47 +172,52 @@ def passed(frame):
         for way in ways:
             tests = of_posterior.loc[of_posterior["way"] == way, list(MEASURES)].to_numpy().ravel()
             p_value = min(1.0, len(tests) * min(test.p_value for test in tests))
-            bold = "**" * (p_value < 0.05)
-            cells.append(f"{bold}{p_value:.2g}{bold}")
+            cells.append(emphasised(f"{p_value:.2g}", p_value < LEVEL))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def report(rows: list[dict[str, Any]], seeds: Sequence[int]) -> str:
+    """Write the tables and their explanation."""
+    return "\n".join(
+        [
+            "# Corrections beside reference draws",
+            "",
+            f"Made by `python -m benchmarks.corrections --seeds {' '.join(map(str, seeds))}`.",
+            f"{describe('jax', 'nutpie')}.",
+            "",
+            "Beside each statistic is the level that it stays below in 95 of 100 cases if the "
+            "draws are independent and have the reference's distribution. A statistic above its "
+            "level is bold. Chains are first thinned to half their least effective sample size, "
+            "and to at most 4000 draws. Mirror images of sbi-slcp are folded together. Gradients "
+            "include those of tuning.",
+            "",
+            *table(rows),
+            "",
+            "All tests of a posterior together: the smallest of their p-values times their "
+            "number. For an exact way, at most one in twenty is below 0.05. Those below are "
+            "bold.",
+            "",
+            *joint_tests(pd.DataFrame(rows)),
+            "",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS), metavar="NAME")
+    parser.add_argument("--output", type=Path, help="file for the tables")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for name in options.posteriors:
         for seed in options.seeds:
             for row in rows_of(name, seed):
                 rows.append(row)
                 print(table([row])[-1], flush=True)
-    frame = pd.DataFrame(rows)
-    text = "\n".join(
-        [
-            "# Corrections beside reference draws",
-            "",
-            f"Made by `python -m benchmarks.corrections --seeds {' '.join(map(str, options.seeds))}`.",
-            f"{describe('jax', 'nutpie')}.",
-            "",
-            "Each statistic beside the level that it stays below in 95 of 100 cases if the draws are "
-            "independent and of the reference's distribution; above it, bold. Chains are thinned to half their "
-            "least effective sample size first, and to 4000 draws. Mirror images of sbi-slcp are folded "
-            "together. Gradients include those of tuning.",
-            "",
-            *table(rows),
-            "",
-            "The tests of a posterior together: the least of their p-values times their number, of which one in "
-            "twenty is below 0.05 at most if the way is exact; below, bold.",
-            "",
-            *passed(frame),
-            "",
-        ]
-    )
+    text = report(rows, options.seeds)
     print(text)
     if options.output:
         options.output.write_text(text)

@@ -1,6 +1,7 @@
 """Radon in Minnesota: mean-field ADVI, full-rank ADVI and a flow beside NUTS.
 
-Run it with ``make demo``. It prints a comparison and writes ``demo.png``.
+Run it with ``make demo`` or ``python -m benchmarks.demo``. It prints a comparison and writes
+``demo.png``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pymc as pm
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +24,7 @@ import pymc_flows as pmf
 
 HERE = Path(__file__).parent
 SEED = 20261123
+# Parameters in the figure.
 SHOWN = ["county_effect_mean", "county_effect_scale", "weight", "log_radon_scale"]
 
 
@@ -46,7 +49,7 @@ def radon_model() -> pm.Model:
 
 
 def fits(model: pm.Model, seed: int, backend: str | None) -> tuple[dict, dict[str, float]]:
-    """Fit by each method, at its own defaults; return the results and each one's seconds."""
+    """Fit by each method at its defaults; return the results and their seconds."""
     methods = {
         "mean-field ADVI": lambda: pm.fit(method="advi", random_seed=seed, backend=backend),
         "full-rank ADVI": lambda: pm.fit(method="fullrank_advi", random_seed=seed, backend=backend),
@@ -59,14 +62,14 @@ def fits(model: pm.Model, seed: int, backend: str | None) -> tuple[dict, dict[st
         started = time.perf_counter()
         with model:
             result = run()
-            # the draws too: a method is done when there is a posterior to look at
+            # the time includes the draws, because NUTS's does
             results[name] = result if name == "NUTS" else result.sample(4000, random_seed=seed)
         seconds[name] = time.perf_counter() - started
     return results, seconds
 
 
-def show(table, seconds: dict[str, float], console: Console) -> None:
-    """Print one line a method, then the parameters that most people would look at."""
+def show(table: pd.DataFrame, seconds: dict[str, float], console: Console) -> None:
+    """Print a line for each method, then the parameters that most people look at first."""
     graded = pmf.grade(table)
     summary = Table(title=f"{len(table.loc['flow'])} parameters against NUTS")
     columns = ("method", "grade", "worst mean error", "sd ratios", "worst W1", "seconds")
@@ -106,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--backend", choices=["jax", "numba", "c"], default="jax")
     options = parser.parse_args()
-    # the progress bars say it already, and ADVI on JAX is seeded although JAX copies its generator
+    # progress bars show the same; JAX copies ADVI's random generator, which is seeded all the same
     logging.getLogger("pymc").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The RandomType SharedVariables")
     warnings.filterwarnings("ignore", message="os.fork")  # JAX is idle when NUTS's processes start

@@ -1,14 +1,15 @@
-"""Rezende & Mohamed's four energies (2015, arXiv:1505.05770, table 1): how far each flow gets.
+"""KL divergence of each flow on the four energies of Rezende & Mohamed (2015, table 1).
 
-The log evidence is known by quadrature, so KL(q||p) = log Z - ELBO is absolute, in nats. ::
+The paper is arXiv:1505.05770. The log evidence is known by quadrature, so KL(q||p) = log Z - ELBO
+is absolute, in nats. ::
 
     python -m benchmarks.energies --output benchmarks/results/energies.md
-    python -m benchmarks.energies --flows catalogue --processes 2 --keep fits --output benchmarks/results/catalogue.md
-    python -m benchmarks.energies --flows splines --processes 2 --keep fits --output benchmarks/results/splines.md
-    python -m benchmarks.energies --flows all --seeds 1 --processes 2 --keep fits --picture benchmarks/results/catalogue.png
+    python -m benchmarks.energies --flows catalogue --processes 2 --keep fits --output FILE
+    python -m benchmarks.energies --flows splines --processes 2 --keep fits --output FILE
+    python -m benchmarks.energies --flows all --seeds 1 --processes 2 --keep fits --picture FILE
 
-``--flows`` takes a table's name, or those of its lines, such as ``glow naf``. ``--keep`` names a folder
-for what was fitted, which a further run takes from there.
+``--flows`` takes the name of a table, or names of its lines, such as ``glow naf``. ``--keep``
+names a folder for the fits; a later run takes from there the fits that it needs.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ import pytensor.tensor as pt
 from benchmarks.machine import describe
 from pymc_flows import FlowApproximation
 
+# Log evidence of each energy, in nats; tests/fit/test_energies.py checks it by quadrature.
 LOG_EVIDENCE = {"U1": 1.8775, "U2": 2.0821, "U3": 2.6417, "U4": 2.7107}
+# Draws behind each divergence.
+DRAWS = 20_000
 
-# Expected: flatness first helps wherever modes lie apart. Seen: it does for RealNVP, which without
-# it lost one branch of U4 (0.2 nats); the others fit no better, and some worse, so they go without.
-# Without a search for a start: the question is what a flow can bend the unit Gaussian into.
-# Nor with an early end: it takes the noise between bends, each of which comes late, for the end.
+# No search for a start, because the flow itself is to bend the unit Gaussian. No early end, because
+# progress comes in late jumps, and the noise between them looks like convergence.
 PLAIN = {
     "n": 5000, "obj_n_mc": 256, "learning_rate": 5e-3, "initialize": False, "patience": 0,
 }  # fmt: skip
+# Annealing was expected to help wherever modes lie apart. It helped RealNVP, which otherwise lost a
+# branch of U4 (0.2 nats). The other flows of this table did no better with it, and some did worse.
 ANNEALED = {**PLAIN, "annealing": 2500}
 FLOWS = {
     "planar, K = 2": ("planar", {"n_layers": 2}, PLAIN),
@@ -48,7 +52,7 @@ FLOWS = {
     "NICE": ("nice", {}, PLAIN),
     "RealNVP": ("realnvp", {}, ANNEALED),
 }
-# The rest of the families, beside mean-field ADVI.
+# All other families, and mean-field ADVI.
 CATALOGUE = {
     "mean-field ADVI": ("advi", {}, {"n": 20_000}),
     "householder": ("householder", {}, PLAIN),
@@ -62,12 +66,12 @@ CATALOGUE = {
     "residual": ("residual", {}, PLAIN),
     "cnf": ("cnf", {}, PLAIN),
 }
-# At less than half the rate, beyond which splines tear. Annealing mends U4 and spoils U2, so several
-# fits, of which every second one is annealed. Expected of twice the bins: half the divergence on U4,
-# where knots have to move. Seen there: of two fits of a coupling the better one had 0.093 nats with one
-# seed in three, of four never above 0.022; autoregressive, in twice the steps, 0.075 became 0.018, but
-# the better of two had 0.064 on U3 with one seed. Half the draws a step cost a third less, and U4's
-# better ones of four then had 0.040 and 0.048.
+# Less than half of the plain rate, because splines become unstable at higher ones. Four restarts,
+# because annealing, which every second restart uses, repairs U4 and harms U2. With the best of
+# two, couplings had 0.093 nats on U4 for one seed in three; with the best of four, at most 0.022.
+# Autoregressive splines with twice the steps went from 0.075 to 0.018 on U4, but the best of two
+# had 0.064 on U3 for one seed. Twice the default bins, because the knots have to move on U4. Half
+# the draws per step cost a third less, but the best of four then had 0.040 and 0.048 on U4.
 SPLINED = {**PLAIN, "learning_rate": 2e-3}
 SPLINES = {
     "nsf": ("nsf", {"n_bins": 16}, {**SPLINED, "n_restarts": 4}),
@@ -81,7 +85,6 @@ SETS = {
     "splines": SPLINES,
     "all": FLOWS | CATALOGUE | SPLINES,
 }
-DRAWS = 20_000
 
 
 def energy(name: str, z1, z2):
@@ -102,7 +105,7 @@ def energy(name: str, z1, z2):
 
 
 def model(name: str) -> pm.Model:
-    """Build the energy as a model; U2 to U4 are improper in z1, which is uniform on (-4, 4) instead."""
+    """Build the model of an energy; z1 of U2 to U4, which is improper, is uniform on (-4, 4)."""
     with pm.Model() as energy_model:
         if name == "U1":
             z1 = pm.Flat("z1")
@@ -115,7 +118,7 @@ def model(name: str) -> pm.Model:
 
 
 def divergence(name: str, flow: tuple, seed: int) -> dict[str, Any]:
-    """Fit one flow to one energy: KL(q||p), its Monte Carlo error, the fit's seconds, the draws."""
+    """Fit one flow to one energy; return KL(q||p), its error, seconds and draws."""
     logging.getLogger("pymc").setLevel(logging.WARNING)
     method, options, settings = flow
     started = time.perf_counter()
@@ -138,7 +141,7 @@ def divergence(name: str, flow: tuple, seed: int) -> dict[str, Any]:
 
 
 def table(results: pd.DataFrame, flows: dict) -> str:
-    """Markdown: a line a flow, with the mean and range over seeds for each energy."""
+    """Markdown: a line for each flow, with mean and range over seeds for each energy."""
     lines = [
         f"| flow | {' | '.join(LOG_EVIDENCE)} | Monte Carlo error | seconds a fit |",
         f"|---|{'---|' * len(LOG_EVIDENCE)}---|---|",
@@ -159,16 +162,16 @@ def arguments(options: dict) -> str:
 
 
 def report(results: pd.DataFrame, seeds: list[int], flows: dict, processes: int) -> str:
-    """Write the table, what it means and what it was made with."""
+    """Write the table, its explanation and the settings."""
     settings = "\n".join(
         f"- {flow}: `pm.fit({arguments({'method': method, 'inf_kwargs': options, **fit})})`"
         for flow, (method, options, fit) in flows.items()
     )
     return f"""# Rezende & Mohamed's four energies
 
-KL(q||p) = log Z - ELBO in nats: mean (least to most) over seeds {", ".join(map(str, seeds))}; 0 is exact.
-The Monte Carlo error is the largest of one fit's, from {DRAWS} draws; the seconds are the median, compilation
-included, with {processes} fits at a time.
+KL(q||p) = log Z - ELBO in nats: mean (smallest to largest) over seeds
+{", ".join(map(str, seeds))}; 0 is exact. The Monte Carlo error is the largest of a fit, from
+{DRAWS} draws. Seconds are medians, compilation included, with {processes} fits at a time.
 
 {table(results, flows)}
 
@@ -186,7 +189,7 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         for seed, name, flow in itertools.product(seeds, LOG_EVIDENCE, flows):
-            # other settings are another fit
+            # the checksum tells fits with other settings apart
             settings = zlib.crc32(repr(flows[flow]).encode())
             kept = keep and keep / f"{seed} {name} {flow} {settings:08x}.npz"
             if kept and kept.exists():
@@ -208,7 +211,7 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
 
 
 def picture(results: pd.DataFrame, flows: dict, path: Path, n_columns: int = 10) -> None:
-    """Draw the densities of the first seed's fits, and the energies': a column each, in blocks."""
+    """Draw the energies and the first seed's fits, a column each, in blocks of columns."""
     import matplotlib.pyplot as plt
 
     first = results[results["seed"] == results["seed"].min()].set_index(["energy", "flow"])

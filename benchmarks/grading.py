@@ -78,9 +78,9 @@ def wasserstein(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.abs(np.quantile(left, levels, axis=0) - np.quantile(right, levels, axis=0)).mean(0)
 
 
-def joined(posterior: Mapping[str, xr.DataArray]) -> dict[str, np.ndarray]:
+def joined(posterior: xr.Dataset) -> dict[str, np.ndarray]:
     """Draws (draws, *shape) by variable, chains end to end."""
-    return {str(v): np.concatenate(list(np.asarray(posterior[v]))) for v in posterior}
+    return {str(v): np.concatenate(list(x.to_numpy())) for v, x in posterior.data_vars.items()}
 
 
 def errors(name: str, draws: Mapping[str, np.ndarray]) -> Errors:

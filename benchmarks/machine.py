@@ -1,4 +1,4 @@
-"""One line on the machine and the versions that a table was made with."""
+"""One line that names the machine and the versions behind a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Model name of the processor, where the system tells it."""
+    """Model name of the processor, or its architecture where the name is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -17,7 +17,7 @@ def processor() -> str:
 
 
 def describe(*packages: str) -> str:
-    """Processor, cores, Python and the versions of PyMC, PyTensor and the packages named."""
+    """Processor, cores, Python, and the versions of PyMC, PyTensor and some packages."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("pymc", "pytensor", *packages)
     )

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import time
 import traceback
@@ -111,6 +112,8 @@ def resolve(name: str) -> Method:
         the fit.
     """
     if name == "nuts":
+        if importlib.util.find_spec("nutpie") is None:
+            raise MethodError("nuts needs nutpie; install the extra 'notebooks', which has it")
         return nuts
     if ":" not in name:
         return functools.partial(fit_by_name, name)
@@ -233,7 +236,7 @@ def _row(name: str, drawn: xr.DataTree, stats: Mapping[str, Any], cpu: float) ->
         weights = log_weights(*(densities[key].values.ravel() for key in ("log_p", "log_q")))
         known |= {"elbo": float(weights.mean()), "khat": khat(weights)}
     posterior = drawn["posterior"].to_dataset().transpose("chain", "draw", ...)
-    return Row(errors(name, joined(posterior.data_vars)), cpu, **known)
+    return Row(errors(name, joined(posterior)), cpu, **known)
 
 
 def _keep(path: Path, drawn: xr.DataTree, row: Row, stats: Mapping[str, Any]) -> None:

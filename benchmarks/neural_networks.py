@@ -1,46 +1,60 @@
 """Multiplicative normalizing flows on small networks (Louizos & Welling 2017, section 4).
 
-Toy regression: 20 points, y = x³ + noise of sd 3, a network of one hidden layer, predictive standard
-deviations over x in [-6, 6] against long NUTS. Digits of scikit-learn: a classifier of eight classes,
-with the other two held out as unknown. ::
+Toy regression: 20 points, y = x³ + noise of sd 3, and a network with one hidden layer. Predictive
+standard deviations over x in [-6, 6] are compared with those of long NUTS. Digits of
+scikit-learn: a classifier of eight classes, with the other two held out as unknown. ::
 
     python -m benchmarks.neural_networks --output benchmarks/results/neural_networks.md
 
-``--seeds 1`` is a first look; ``--draws 500`` shortens NUTS.
+``--seeds 1`` gives a first impression; ``--draws 500`` shortens NUTS.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import resource
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pymc as pm
 import pytensor.tensor as pt
-from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
+import xarray as xr
 from sklearn.neural_network import MLPClassifier
 
-import pymc_flows as pmf
 from benchmarks.machine import describe
+from benchmarks.networks import (
+    BATCH,
+    DIGITS,
+    EACH,
+    INDEPENDENT,
+    KNOWN,
+    Predict,
+    about_digits,
+    against_mean_field,
+    command,
+    digits,
+    fit,
+    judged,
+    minimise,
+    softmax,
+    table,
+)
 
-# hidden units of the toy's networks: one that is small enough to fit whole, and one as wide as the paper's
-NOISE, UNITS, WIDE = 3.0, 20, 100
+# Standard deviation of the toy's noise.
+NOISE = 3.0
+# Hidden units of the toy's networks: few, which one flow can fit together, and as many as in the
+# paper.
+UNITS = 20
+WIDE = 100
+# Inputs at which predictions are compared.
 GRID = np.linspace(-6, 6, 61)
+# Fit options for the toy.
 TOY = {"n": 6000, "obj_n_mc": 16, "patience": 0}
-KNOWN, UNKNOWN = range(8), (8, 9)
-HIDDEN, BATCH, TRAINED = 50, 100, 1000
-DIGITS = {"n": 8000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000}
-# Weights that are independent given the multipliers, as in the paper; and multipliers of weights.
-INDEPENDENT, EACH = "mnf, independent", "mnf, a multiplier a weight"
-MNF = {"mnf": {}, INDEPENDENT: {"correlated": False}, EACH: {"multipliers": "weights"}}
-# The toy's. What fits each matrix apart can do more than multipliers of its rows; others fit all weights together.
+# Hidden units of the classifier.
+HIDDEN = 50
+# Methods for the toy. Groups for each matrix are more flexible than multipliers of its rows; the
+# last two methods fit all weights together.
 METHODS = {
     "mnf": "mnf",
     INDEPENDENT: INDEPENDENT,
@@ -51,32 +65,32 @@ METHODS = {
     "Gaussian of all weights": "full_rank",
     "flow of all weights": "flow",
 }
-# Of a wide network these; a fit of all 301 weights is low-rank in its affine map.
+# Methods for the wide network. A fit of all its 301 weights has a low-rank affine map.
 WIDE_METHODS = {name: METHODS[name] for name in ("mnf", "mean field", "flow of all weights")}
-# Of the digits': products drawn anew for each row of the data, in place of one matrix for all.
+# Mnf that draws the products with the data for each row, in place of one matrix for all rows.
 LOCAL = "mnf, local draws"
 
 
-def toy_data(seed: int = 0):
-    """20 points of Hernández-Lobato & Adams 2015, as the paper takes them."""
+def toy_data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """20 points of Hernández-Lobato & Adams 2015, as in the paper."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(-4, 4, 20)
     return x, x**3 + NOISE * rng.normal(size=20)
 
 
-def toy_features(x):
+def toy_features(x: np.ndarray) -> np.ndarray:
     """Inputs near 1, and a column for the biases."""
     return np.stack([x / 4, np.ones_like(x)], axis=1)
 
 
 def toy_output(x, first, last, maximum, ones):
-    """Output of the network, scaled to y."""
+    """Outputs of the network, scaled to y."""
     hidden = maximum(toy_features(x) @ first, 0)
     return 64 / first.shape[-1] ** 0.5 * (ones(hidden) @ last)[..., 0]
 
 
-def toy_model(x, y, units: int = UNITS) -> pm.Model:
-    """One hidden layer; biases are a row of each matrix."""
+def toy_model(x: np.ndarray, y: np.ndarray, units: int = UNITS) -> pm.Model:
+    """A network with one hidden layer, whose biases are a row of each matrix."""
     with pm.Model() as model:
         first = pm.Normal("first", shape=(2, units))
         last = pm.Normal("last", shape=(units + 1, 1))
@@ -88,8 +102,8 @@ def toy_model(x, y, units: int = UNITS) -> pm.Model:
     return model
 
 
-def toy_curves(posterior) -> np.ndarray:
-    """Curves (draws, grid) of a posterior's draws."""
+def toy_curves(posterior: xr.Dataset) -> np.ndarray:
+    """Curves (draws, grid) of posterior draws."""
     first, last = (
         posterior[name].values.reshape(-1, *posterior[name].shape[-2:])
         for name in ("first", "last")
@@ -100,12 +114,12 @@ def toy_curves(posterior) -> np.ndarray:
     )  # fmt: skip
 
 
-def toy_log_sd(posterior) -> np.ndarray:
+def toy_log_sd(posterior: xr.Dataset) -> np.ndarray:
     """Log predictive standard deviation of y over the grid."""
     return 0.5 * np.log(toy_curves(posterior).var(axis=0) + NOISE**2)
 
 
-def nuts(model, draws: int):
+def nuts(model: pm.Model, draws: int) -> xr.Dataset:
     """Long NUTS, by nutpie."""
     import nutpie
 
@@ -115,32 +129,17 @@ def nuts(model, draws: int):
     ).posterior
 
 
-def fit(model, method: str, seed: int, options: dict):
-    """Fit by a method's name; how long a step took, in ms, without compilation."""
-    with model:
-        if method in MNF:
-            inference = pmf.NFVI("mnf", random_seed=seed, **MNF[method])
-        elif method == "flow":
-            inference = pmf.NFVI(method, random_seed=seed)
-        elif method.startswith("each "):
-            groups = [pm.Group([rv], vfam=method.removeprefix("each ")) for rv in model.free_RVs]
-            inference = pmf.NFVI(groups, random_seed=seed)
-        else:
-            vfam = method.replace(" ", "_")
-            inference = pmf.NFVI([pm.Group(None, vfam=vfam)], random_seed=seed)
-        approx = inference.fit(initialize=False, progressbar=False, **options)
-    seconds = approx.fit_stats["seconds"]["training"]
-    return approx, 1000 * seconds / approx.fit_stats["steps"]
-
-
-def toy(seeds: int, draws: int, units: int, methods: dict) -> pd.DataFrame:
+def toy(seeds: int, draws: int, units: int, methods: dict[str, str]) -> pd.DataFrame:
     """Error of the log predictive sd of each method and seed."""
     x, y = toy_data()
     model = toy_model(x, y, units)
     posterior = nuts(model, draws)
     truth = toy_log_sd(posterior)
-    halves = [toy_log_sd(posterior.isel(chain=c)) for c in range(4)]
-    rows = [{"method": "NUTS, one chain against all", "seed": c + 1, "error": rms(half - truth)} for c, half in enumerate(halves)]  # fmt: skip
+    chains = [toy_log_sd(posterior.isel(chain=c)) for c in range(4)]
+    rows = [
+        {"method": "NUTS, one chain against all", "seed": c + 1, "error": rms(chain - truth)}
+        for c, chain in enumerate(chains)
+    ]
     for label, method in methods.items():
         for seed in range(1, seeds + 1):
             approx, _ = fit(model, method, seed, TOY)
@@ -151,29 +150,15 @@ def toy(seeds: int, draws: int, units: int, methods: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rms(difference) -> float:
+def rms(difference: np.ndarray) -> float:
+    """Root mean square."""
     return float(np.sqrt(np.mean(difference**2)))
-
-
-@functools.cache
-def digits():
-    """Training and test images of the known classes, with labels, and images of the unknown."""
-    images, labels = load_digits(return_X_y=True)
-    images = np.column_stack([images / 16 - 0.3, np.ones(len(images))])
-    known = labels < len(KNOWN)
-    order = np.random.default_rng(0).permutation(known.sum())
-    images_known, labels_known = images[known][order], labels[known][order]
-    return (
-        (images_known[:TRAINED], labels_known[:TRAINED]),
-        (images_known[TRAINED:], labels_known[TRAINED:]),
-        images[~known],
-    )
 
 
 def digits_model() -> pm.Model:
     """One hidden layer of tanh units, on minibatches."""
     (images, labels), _, _ = digits()
-    # a batch of longer integers would be cast, and what is cast PyMC does not take for data
+    # PyMC would cast wider integers, and would not recognise the cast as data
     batch, answers = pm.Minibatch(images, labels.astype("int32"), batch_size=BATCH)
     with pm.Model() as model:
         first = pm.Normal("first", shape=(images.shape[1], HIDDEN))
@@ -183,7 +168,7 @@ def digits_model() -> pm.Model:
     return model
 
 
-def probabilities(posterior, images) -> np.ndarray:
+def probabilities(posterior: xr.Dataset, images: np.ndarray) -> np.ndarray:
     """Predictive probabilities (images, classes), averaged over draws."""
     total = 0.0
     first, last = posterior["first"].values[0], posterior["last"].values[0]
@@ -194,67 +179,21 @@ def probabilities(posterior, images) -> np.ndarray:
     return total / len(first)
 
 
-def judged(method: str, seed: int, predict) -> dict:
-    """Accuracy, negative log likelihood, calibration error and entropies of predictions."""
-    _, (images, labels), unknown = digits()
-    p, p_unknown = predict(images), predict(unknown)
-    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
-    bins = np.minimum((10 * confidence).astype(int), 9)
-    uncertain, uncertain_unknown = entropy(p), entropy(p_unknown)
-    gaps = [
-        (bins == b).mean() * abs(confidence[bins == b].mean() - right[bins == b].mean())
-        for b in np.unique(bins)
-    ]
-    return {
-        "method": method,
-        "seed": seed,
-        "accuracy": right.mean(),
-        "nll": -np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)).mean(),
-        "ece": sum(gaps),
-        "entropy, known": uncertain.mean(),
-        "entropy, unknown": uncertain_unknown.mean(),
-        "auroc": roc_auc_score(
-            np.repeat([0, 1], [len(p), len(p_unknown)]),
-            np.concatenate([uncertain, uncertain_unknown]),
-        ),
-    }
-
-
-def entropy(p) -> np.ndarray:
-    """Entropy (images,) of probabilities (images, classes), in nats."""
-    return -(p * np.log(np.maximum(p, 1e-12))).sum(axis=1)
-
-
-def networks(seed: int, n: int) -> list:
-    """Ordinary networks of the same size, trained from different weights."""
+def networks(seed: int, n: int) -> list[MLPClassifier]:
+    """Ordinary networks of the same size, trained from different initial weights."""
     (images, labels), _, _ = digits()
     found = []
     for i in range(n):
         net = MLPClassifier((HIDDEN,), activation="tanh", max_iter=300, random_state=100 * seed + i)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # that the steps were not enough, which is no matter here
+            # it warns that 300 steps may not suffice, which does not matter here
+            warnings.simplefilter("ignore")
             found.append(net.fit(images, labels))
     return found
 
 
-def minimise(weights: list, gradients, steps: int, rate: float = 3e-3) -> list:
-    """Weights after steps of Adam; ``gradients`` gives those of a list of weights."""
-    memory = [(np.zeros_like(w), np.zeros_like(w)) for w in weights]
-    for step in range(1, steps + 1):
-        rate_now = rate * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-        for i, gradient in enumerate(gradients(weights)):
-            first, second = memory[i]
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            memory[i] = first, second
-            weights[i] = weights[i] - rate_now * first / (np.sqrt(second) + 1e-8)
-    return weights
-
-
-def dropout(seed: int, rate: float = 0.3, steps: int = 4000, draws: int = 200):
-    """Predictions of a network trained, and used, with dropout (Gal & Ghahramani 2016)."""
+def dropout(seed: int, rate: float = 0.3, steps: int = 4000, draws: int = 200) -> Predict:
+    """A network that is trained and used with dropout (Gal & Ghahramani 2016)."""
     (images, labels), _, _ = digits()
     rng = np.random.default_rng(seed)
     n_in = images.shape[1]
@@ -267,7 +206,7 @@ def dropout(seed: int, rate: float = 0.3, steps: int = 4000, draws: int = 200):
         p[np.arange(BATCH), labels[rows]] -= 1
         back = (p @ weights[1].T) * mask * (1 - hidden**2)
         found = [images[rows].T @ back / BATCH, (hidden * mask).T @ p / BATCH]
-        # the norm's weight is that of a unit normal prior
+        # the weight decay is that of a unit normal prior
         return [g + w / len(images) for g, w in zip(found, weights, strict=True)]
 
     first = rng.normal(size=(n_in, HIDDEN)) / n_in**0.5
@@ -282,14 +221,8 @@ def dropout(seed: int, rate: float = 0.3, steps: int = 4000, draws: int = 200):
     return predict
 
 
-def softmax(logits) -> np.ndarray:
-    """Probabilities of logits (rows, classes)."""
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
-
-
 def classifiers(seeds: int) -> pd.DataFrame:
-    """All methods on the digits."""
+    """Scores of all methods on the digits."""
     rows = []
     for seed in range(1, seeds + 1):
         for method in ("mnf", INDEPENDENT, LOCAL, "mean field"):
@@ -301,56 +234,17 @@ def classifiers(seeds: int) -> pd.DataFrame:
             rows.append(row | {"ms a step": step})
         nets = networks(seed, 5)
         rows.append(judged("one network", seed, nets[0].predict_proba))
-        rows.append(judged("ensemble of 5", seed, lambda x, ns=nets: np.mean([n.predict_proba(x) for n in ns], axis=0)))  # fmt: skip
+
+        def ensemble(x: np.ndarray, nets: list[MLPClassifier] = nets) -> np.ndarray:
+            return np.mean([net.predict_proba(x) for net in nets], axis=0)
+
+        rows.append(judged("ensemble of 5", seed, ensemble))
         rows.append(judged("dropout", seed, dropout(seed)))
     return pd.DataFrame(rows)
 
 
-def about_digits(network: str) -> str:
-    """What the table of a network's digits shows."""
-    return (
-        f"{TRAINED} images of the digits 0 to 7 to train on, in minibatches of {BATCH}, the others to test; "
-        f"8 and 9 are the unknown classes. {network}, weights N(0, 1) a priori; entropies in nats, of at most "
-        f"{np.log(len(KNOWN)):.2f}; ece is the expected calibration error; auroc, how often the "
-        "entropy of an unknown image is above that of a known one. Given the multipliers, weights of mnf are "
-        "correlated, its default, or independent, as in the paper, where that is said or draws are local."
-    )
-
-
-def table(rows: pd.DataFrame) -> list[str]:
-    """Mean and standard error over seeds, a line each method, as Markdown."""
-    columns = [c for c in rows if c not in ("method", "seed")]
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for method, group in rows.groupby("method", sort=False):
-        cells = []
-        for column in columns:
-            values, places = group[column].dropna(), 1 if column == "ELBO" else 3
-            text = f"{values.mean():.{places}f}" if len(values) else "-"
-            if len(values) > 1:
-                text += f" ± {values.std() / len(values) ** 0.5:.{places}f}"
-            cells.append(text)
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
-
-
-def against_mean_field(rows: pd.DataFrame) -> list[str]:
-    """What mnf's predictions have more than mean field's, seed by seed, a line each kind of mnf."""
-
-    def more(method, column):
-        by_seed = rows.pivot(index="seed", columns="method", values=column)
-        found = by_seed[method] - by_seed["mean field"]
-        se = found.std() / len(found) ** 0.5 if len(found) > 1 else np.nan
-        return f"{found.mean():.4f} ± {se:.4f}"
-
-    return [
-        f"{method} less mean field, seed by seed: negative log likelihood {more(method, 'nll')}, entropy of "
-        f"unknown digits {more(method, 'entropy, unknown')}, auroc {more(method, 'auroc')}.\n"
-        for method in ("mnf", INDEPENDENT)
-    ]
-
-
-def below_mean_field(rows: pd.DataFrame, methods: dict) -> str:
-    """By how much errors of the toy are lower than mean field's."""
+def below_mean_field(rows: pd.DataFrame, methods: dict[str, str]) -> str:
+    """Relative reduction of the toy's errors from mean field's."""
     error = rows.groupby("method")["error"].mean()
     less = [f"{1 - error[m] / error['mean field']:.0%} ({m})" for m in methods if m != "mean field"]
     return f"Errors are lower than mean field's by {', '.join(less)}."
@@ -359,7 +253,7 @@ def below_mean_field(rows: pd.DataFrame, methods: dict) -> str:
 def report(
     regression: pd.DataFrame, wide: pd.DataFrame, classification: pd.DataFrame, peak: float
 ) -> str:
-    """Write the tables and what they come to; peak memory in GiB."""
+    """Write the tables and their explanation; ``peak`` is the peak memory in GiB."""
     step = classification.groupby("method")["ms a step"].mean()
     cost = {method: f"{step[method] / step['mean field']:.1f}" for method in ("mnf", INDEPENDENT)}
     return "\n".join(
@@ -369,10 +263,11 @@ def report(
             "## Toy regression",
             "",
             f"20 points, y = x³ + noise, {UNITS} hidden units. Root mean square error, over x in "
-            "[-6, 6], of the log predictive standard deviation against NUTS, mean and standard error "
-            "over seeds. Of mnf, the rows of each matrix have multipliers, and its weights are correlated beyond "
-            "that, or independent, as in the paper; or each weight has a multiplier, and those of both matrices "
-            "go through one flow, as the weights of the last two methods do.",
+            "[-6, 6], of the log predictive standard deviation against NUTS, mean and standard "
+            "error over seeds. In mnf, each row of a matrix has a multiplier. Given the "
+            "multipliers, weights are correlated, or independent as in the paper. With a "
+            "multiplier for each weight, one flow has the multipliers of both matrices. The last "
+            "two methods fit all weights together.",
             "",
             *table(regression),
             "",
@@ -391,8 +286,9 @@ def report(
             *table(classification),
             "",
             *against_mean_field(classification),
-            f"A step of {DIGITS['obj_n_mc']} draws takes mnf {cost['mnf']} times as long as mean field, mnf of "
-            f"independent weights {cost[INDEPENDENT]} times. Peak memory of all fits to digits: {peak:.1f} GiB.",
+            f"A step of {DIGITS['obj_n_mc']} draws of mnf takes {cost['mnf']} times as long as "
+            f"one of mean field; with independent weights, {cost[INDEPENDENT]} times. Peak memory "
+            f"of all fits to digits: {peak:.1f} GiB.",
             "",
             f"{describe('jax', 'scikit-learn')}.",
             "",
@@ -400,32 +296,16 @@ def report(
     )
 
 
-def command(description: str, make: Callable[[argparse.Namespace], str], **more) -> None:
-    """Read the command line, print the report that is made of it, and write it."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 1")
-    for name, (default, meaning) in more.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    started = time.perf_counter()
-    text = make(options)
-    print(text)
-    print(f"{time.perf_counter() - started:.0f} s")
-    if options.output:
-        options.output.write_text(text)
-
-
 def main() -> None:
-    def make(options):
+    def make(options: argparse.Namespace) -> str:
         seeds, draws = options.seeds, options.draws
-        # first, so that peak memory is of these
+        # the digits come first, so that the peak memory is theirs
         classification = classifiers(seeds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         narrow, wide = toy(seeds, draws, UNITS, METHODS), toy(seeds, draws, WIDE, WIDE_METHODS)
         return report(narrow, wide, classification, peak)
 
-    command(__doc__, make, draws=(4000, "of each chain of NUTS"))
+    command(__doc__, make, draws=(4000, "draws of each chain of NUTS"))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder for the draws")
     options = parser.parse_args()
     try:
-        resolve(options.method)
+        for method in [options.method, *["nuts"] * options.nuts]:
+            resolve(method)
         for name in options.posteriors:
             models.entry(name)
     except ValueError as error:

@@ -57,7 +57,7 @@ def judged(path: Path) -> dict:
     if found.verdict == "reliable after correction":
         seed_sequence = np.random.SeedSequence(CORRECTION_SEED)
         better = resampled(tree, CORRECTED_DRAWS, seed_sequence)["posterior"].to_dataset()
-        row["corrected"] = errors(name, joined(better.data_vars)).grade
+        row["corrected"] = errors(name, joined(better)).grade
     return row
 
 
