@@ -1,11 +1,14 @@
-"""What each part of the default fit is worth: accuracy and gradient evaluations with one part taken out.
+"""The worth of each part of the default fit: accuracy and gradients with one part taken out.
 
-Posteriors are ten of ``references.py`` that need more than a Gaussian, and two that do not: kilpisjarvi and
-diamonds. ::
+Ten posteriors of ``benchmarks.references`` need more than a Gaussian; two, kilpisjarvi and
+diamonds, do not. ::
 
-    python -m benchmarks.ablation --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/ablation.md
+    python -m benchmarks.ablation --keep rows.jsonl --output benchmarks/results/ablation.md
 
-``--keep`` names a file for the rows, which a further run takes from there.
+``--keep`` names a file for the rows; a later run takes from there the rows that it has.
+
+Most parts have an option that takes them out. Two are constants of ``pymc_flows.fit``, and one is
+a step of :meth:`FlowGroup.restart`; these three are patched for the fit.
 """
 
 from __future__ import annotations
@@ -15,13 +18,24 @@ import contextlib
 import json
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pandas as pd
+import pymc as pm
 
+from benchmarks.grading import errors, joined
 from benchmarks.machine import describe
+from benchmarks.posteriors import models
+from pymc_flows import FlowGroup
+from pymc_flows.bijections import LowerTriangular
+from pymc_flows.bijections.factors import as_factor
+from pymc_flows.fit import ladder, placement
 
 POSTERIORS = (
     "eight_schools-eight_schools_noncentered",
@@ -37,27 +51,26 @@ POSTERIORS = (
     "kilpisjarvi_mod-kilpisjarvi",
     "diamonds-diamonds",
 )
+# Draws by which a fit is graded.
+DRAWS = 4000
+# Label of the whole fit.
+NOTHING = "nothing"
 
 
-def trained_affine():
+def trained_affine() -> AbstractContextManager:
     """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
-    from pymc_flows.bijections import LowerTriangular
-    from pymc_flows.bijections.factors import as_factor
-    from pymc_flows.groups.flow import FlowGroup
-
     restart = FlowGroup.restart
 
-    def raw(group, loc, factor, layers=None):
-        restart(group, 0 * loc, np.ones_like(loc), layers)
+    def raw(group: FlowGroup, loc: np.ndarray, factor: Any, *args: Any, **kwargs: Any) -> None:
+        restart(group, 0 * loc, np.ones_like(loc), *args, **kwargs)
         assert sum(type(one) is LowerTriangular for one in group.layers.layers) == 1
-        whole = as_factor(factor).dense()
-        diagonal = np.diagonal(whole)
-        known = {"loc": loc, "log_diagonal": np.log(diagonal), "lower": whole}
+        lower = as_factor(factor).dense()
+        known = {"loc": loc, "log_diagonal": np.log(np.diagonal(lower)), "lower": lower}
         weights, first = group.shared_params["weights"].get_value(), 0
         for name, shape in group.bijection.weight_shapes.items():
             size = int(np.prod(shape))
             own = name.rpartition(".")[2]
-            if own in known:  # no other layer of the default has weights of these names
+            if own in known:  # no other layer of the default flow has weights with these names
                 weights[first : first + size] = np.ravel(known[own])
             first += size
         group.shared_params["weights"].set_value(weights)
@@ -65,47 +78,45 @@ def trained_affine():
     return mock.patch.object(FlowGroup, "restart", raw)
 
 
-def never(*args, **kwargs):
-    """Say no, whatever is asked."""
-    return False
+def no_gaussian_end() -> AbstractContextManager:
+    """Judge no Gaussian to be near the posterior, so that every fit trains its flow."""
+    return mock.patch.object(placement, "gaussian_fits", return_value=False)
 
 
-def without():
-    """Name of what is taken out, to a context that does so and further arguments of ``pm.fit``."""
-    from pymc_flows.fit import ladder
-
-    nothing = contextlib.nullcontext
-
-    def patch(owner, name, value):
-        return lambda: mock.patch.object(owner, name, value)
-
-    return {
-        "nothing": (nothing, {}),
-        "the start": (nothing, {"initialize": False}),
-        "the whitening": (trained_affine, {}),
-        "sticking the landing": (nothing, {"gradient": "reparameterization"}),
-        "the end at a Gaussian": (patch(ladder, "fits", never), {}),
-        "growth": (patch(ladder, "MORE_LAYERS", 0), {"obj_n_mc": 64}),
-        "non-centring": (nothing, {"inf_kwargs": {"noncentering": False}}),
-        "tails": (nothing, {"inf_kwargs": {"tails": False}}),
-    }
+def no_layers_added() -> AbstractContextManager:
+    """Add no layers in the second stage."""
+    return mock.patch.object(ladder, "MORE_LAYERS", 0)
 
 
-def fit(name, part, seed):
-    """One row."""
-    import pymc as pm
+@dataclass(frozen=True)
+class Without:
+    """How to take a part out: arguments of ``pm.fit``, and a context for the fit."""
 
-    from benchmarks.grading import errors, joined
-    from benchmarks.posteriors import models
+    options: dict[str, Any] = field(default_factory=dict)
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
-    context, options = without()[part]
-    model = models.build(name)
+
+PARTS = {
+    NOTHING: Without(),
+    "the start": Without({"initialize": False}),
+    "the whitening": Without(context=trained_affine),
+    "sticking the landing": Without({"gradient": "reparameterization"}),
+    "the end at a Gaussian": Without(context=no_gaussian_end),
+    "growth": Without({"obj_n_mc": 64}, no_layers_added),
+    "non-centring": Without({"inf_kwargs": {"noncentering": False}}),
+    "tails": Without({"inf_kwargs": {"tails": False}}),
+}
+
+
+def fit(name: str, part: str, seed: int) -> dict[str, Any]:
+    """Fit without a part; return a row."""
+    without, model = PARTS[part], models.build(name)
     started = time.process_time()
-    with model, warnings.catch_warnings(), context():
+    with model, warnings.catch_warnings(), without.context():
         warnings.simplefilter("ignore")
-        approx = pm.fit(method="flow", random_seed=seed, progressbar=False, **options)
+        approx = pm.fit(method="flow", random_seed=seed, progressbar=False, **without.options)
         cpu = time.process_time() - started
-        result = approx.sample(4000, random_seed=seed)
+        result = approx.sample(DRAWS, random_seed=seed)
     weights = (result.sample_stats.log_p - result.sample_stats.log_q).values
     found = errors(name, joined(result.posterior.to_dataset()))
     return {
@@ -121,8 +132,8 @@ def fit(name, part, seed):
     }
 
 
-def tried(name, part, seed):
-    """One row, of a fit that may fail."""
+def attempt(name: str, part: str, seed: int) -> dict[str, Any]:
+    """As :func:`fit`; a fit that fails gives a row that says so."""
     try:
         row = fit(name, part, seed)
     except (FloatingPointError, ValueError) as error:
@@ -131,76 +142,109 @@ def tried(name, part, seed):
     return {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def report(rows, seeds):
-    """Markdown: a line a part, and a line a part and posterior."""
+def cost_ratio(group: pd.DataFrame, whole: pd.DataFrame, column: str) -> str:
+    """Ratio of the sums of a cost, and the geometric mean of the fits' own ratios."""
+    both = pd.concat([group[column], whole[column]], axis=1, join="inner").dropna()
+    here, there = both.to_numpy().T
+    return f"{here.sum() / there.sum():.2f} ({np.exp(np.log(here / there).mean()):.2f})"
+
+
+def nats_lost(whole: pd.DataFrame, group: pd.DataFrame) -> pd.Series:
+    """ELBO of the whole fit minus that without a part; infinite for a fit that failed."""
+    return (whole["elbo"] - group["elbo"]).fillna(np.inf)
+
+
+def table_of_parts(rows: pd.DataFrame) -> list[str]:
+    """Markdown: a line for each part."""
     key = ["posterior", "seed"]
-    whole = rows[rows["without"] == "nothing"].set_index(key)
-    head = "without | accurate | usable | off or failed | nats lost, median (worst) | gradients | CPU s"
-    lines = [
-        "# What each part of the default fit is worth",
-        "",
-        f"Made by `python -m benchmarks.ablation --seeds {' '.join(map(str, seeds))}`.",
-        f"{describe('jax')}.",
-        "",
-        '`method="flow"` with one part taken out. Nats lost are of the ELBO, beside the whole fit\'s of the same '
-        "posterior and seed; gradients and CPU seconds are the ratio of the sums over all fits to the whole's and, "
-        "in brackets, the geometric mean of the fits' own ratios. CPU seconds are of this process alone.",
-        "",
-        f"| {head} |",
-        "|" + "---|" * 7,
-    ]
+    whole = rows[rows["without"] == NOTHING].set_index(key)
+    head = (
+        "without",
+        "accurate",
+        "usable",
+        "off or failed",
+        "nats lost, median (worst)",
+        "gradients",
+        "CPU s",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for part, group in rows.groupby("without", sort=False):
-        grades = group["grade"].value_counts()
-        paired = group.set_index(key)
-        lost = (whole["elbo"] - paired["elbo"]).fillna(np.inf)
-        ratios = []
-        for column in ("gradients", "cpu"):
-            both = pd.concat([paired[column], whole[column]], axis=1, join="inner").dropna()
-            here, there = both.to_numpy().T
-            each = np.exp(np.log(here / there).mean())
-            ratios.append(f"{here.sum() / there.sum():.2f} ({each:.2f})")
+        grades, paired = group["grade"].value_counts(), group.set_index(key)
+        lost = nats_lost(whole, paired)
         accurate, usable = (int(grades.get(word, 0)) for word in ("accurate", "usable"))
-        lines.append(
-            f"| {part} | {accurate} | {usable} | {len(group) - accurate - usable} "
-            f"| {lost.median():.2f} ({lost.max():.3g}) | {' | '.join(ratios)} |"
-        )
-    lines += ["", "| posterior | " + " | ".join(rows["without"].unique()) + " |"]
-    lines += ["|---" * (1 + rows["without"].nunique()) + "|"]
+        cells = [
+            part,
+            accurate,
+            usable,
+            len(group) - accurate - usable,
+            f"{lost.median():.2f} ({lost.max():.3g})",
+            cost_ratio(paired, whole, "gradients"),
+            cost_ratio(paired, whole, "cpu"),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def table_of_posteriors(rows: pd.DataFrame) -> list[str]:
+    """Markdown: a line for each posterior, a column for each part."""
+    parts = rows["without"].unique()
+    lines = [f"| posterior | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
     for name, group in rows.groupby("posterior", sort=False):
         cells = [
             "/".join(one["grade"].str[:1])
             + f" {one['mean_error'].mean():.3g}, {one['sd_error'].mean():.2g}"
             for _, one in group.groupby("without", sort=False)
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Grades of the seeds (accurate, usable, off, failed), the mean over seeds of the largest error of a "
-        "mean in reference sd, and that of the largest log ratio of sds.",
-        "",
-    ]
-    return "\n".join(lines)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def report(rows: pd.DataFrame, seeds: list[int]) -> str:
+    """Write the tables and their explanation."""
+    return "\n".join(
+        [
+            "# The worth of each part of the default fit",
+            "",
+            f"Made by `python -m benchmarks.ablation --seeds {' '.join(map(str, seeds))}`.",
+            f"{describe('jax')}.",
+            "",
+            '`method="flow"` with one part taken out. Nats lost are the ELBO of the whole fit, of '
+            "the same posterior and seed, minus the ELBO without the part. Gradients and CPU seconds "
+            "are ratios to the whole fit's: of the sums over all fits and, in brackets, the "
+            "geometric mean of the ratios of single fits. CPU seconds are those of this process.",
+            "",
+            *table_of_parts(rows),
+            "",
+            *table_of_posteriors(rows),
+            "",
+            "Each cell has the grades of the seeds (accurate, usable, off, failed), the mean over "
+            "seeds of the largest error of a mean in reference standard deviations, and the mean "
+            "over seeds of the largest log ratio of standard deviations.",
+            "",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS))
-    parser.add_argument("--without", nargs="+", default=list(without()))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--posteriors", nargs="+", default=list(POSTERIORS), metavar="NAME")
+    parser.add_argument("--without", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--output", type=Path, help="file for the tables")
+    parser.add_argument("--keep", type=Path, help="file for the rows, one JSON object a line")
     options = parser.parse_args()
     kept = {}
     if options.keep and options.keep.exists():
         for line in options.keep.read_text().splitlines():
             row = json.loads(line)
             kept[row["posterior"], row["without"], row["seed"]] = row
+    parts = [NOTHING, *(part for part in options.without if part != NOTHING)]
     rows = []
     for name in options.posteriors:
-        for part in options.without:
+        for part in parts:
             for seed in options.seeds:
                 if (row := kept.get((name, part, seed))) is None:
-                    row = tried(name, part, seed)
+                    row = attempt(name, part, seed)
                     print(row, flush=True)
                     if options.keep:
                         with options.keep.open("a") as file:

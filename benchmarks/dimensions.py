@@ -1,11 +1,11 @@
-"""What a start knows of hundreds of dimensions: variances alone, a low rank beside them, or all covariances.
+"""Starts in hundreds of dimensions: variances alone, with a low rank, or all covariances.
 
-Expected: covariances are worth most where many dimensions share one that data leave open, and all of them are worth
-their gradients up to a thousand dimensions or so. ::
+Expected: covariances matter most where many dimensions share one that the data leave open. All of
+them are worth their gradients up to about a thousand dimensions. ::
 
-    python -m benchmarks.dimensions --seeds 1 2 3 --keep rows.jsonl --output benchmarks/results/dimensions.md
+    python -m benchmarks.dimensions --keep rows.jsonl --output benchmarks/results/dimensions.md
 
-``--keep`` names a file for the rows, which a further run takes from there.
+``--keep`` names a file for the rows; a later run takes from there the rows that it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import itertools
 import json
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,6 +27,10 @@ import pymc as pm
 import pytensor.tensor as pt
 
 from benchmarks.machine import describe
+from pymc_flows.fit import placement
+from pymc_flows.fit.start.search import find_start
+from pymc_flows.fit.start.settings import StartSettings
+from pymc_flows.statistics.importance import khat, log_weights, normalise
 
 
 def item_response() -> pm.Model:
@@ -56,7 +62,7 @@ def groups() -> pm.Model:
 
 
 def volatility() -> pm.Model:
-    """1100 days of returns, the logarithm of whose variance walks: 1101 dimensions."""
+    """1100 days of returns, whose log variance is a random walk: 1101 dimensions."""
     rng = np.random.default_rng(0)
     returns = np.exp(np.cumsum(0.1 * rng.normal(size=1100)) / 2) * rng.normal(size=1100)
     with pm.Model() as model:
@@ -66,8 +72,10 @@ def volatility() -> pm.Model:
     return model
 
 
+# Draws behind each ELBO and k-hat.
+DRAWS = 4000
 MODELS = (item_response, groups, volatility)
-# dimensions up to which covariances are full, and rounds in which a low rank is found beyond
+# Settings of the search for each kind of start.
 KINDS = {
     "variances": {"full_max_dim": 300, "low_rank_rounds": 0},
     "low rank": {"full_max_dim": 300},
@@ -75,14 +83,8 @@ KINDS = {
 }
 
 
-def start(make, kind: str, seed: int) -> dict:
-    """One row: the start's ELBO, its draws' effective share and k-hat, what it took."""
-    from arviz_stats.base import array_stats
-
-    from pymc_flows.fit import placement
-    from pymc_flows.fit.start.search import find_start
-    from pymc_flows.fit.start.settings import StartSettings
-
+def start(make: Callable[[], pm.Model], kind: str, seed: int) -> dict[str, Any]:
+    """One row: the start's ELBO, effective sample fraction, k-hat and cost."""
     search = functools.partial(find_start, settings=StartSettings(**KINDS[kind]))
     began = time.process_time()
     with (
@@ -93,24 +95,30 @@ def start(make, kind: str, seed: int) -> dict:
         warnings.simplefilter("ignore")
         approx = pm.fit(0, method="flow", random_seed=seed, progressbar=False)
         cpu = time.process_time() - began
-        stats = approx.sample(4000, random_seed=seed).sample_stats
-    log_weights = (stats["log_p"] - stats["log_q"]).to_numpy().ravel()
-    weights = np.exp(log_weights - log_weights.max())
+        stats = approx.sample(DRAWS, random_seed=seed).sample_stats
+    weights = log_weights(*(stats[key].to_numpy().ravel() for key in ("log_p", "log_q")))
+    shares = normalise(weights)
     return {
-        "model": make.__name__, "dim": approx.ddim, "start": kind, "seed": seed,
-        "elbo": log_weights.mean(), "error": log_weights.std() / log_weights.size**0.5,
-        "ess": weights.sum() ** 2 / (weights**2).sum() / weights.size,
-        "khat": float(array_stats.psislw(-log_weights)[1]),
-        "gradients": approx.fit_stats["gradient_evaluations"], "cpu": cpu,
-    }  # fmt: skip
+        "model": make.__name__,
+        "dim": approx.ddim,
+        "start": kind,
+        "seed": seed,
+        "elbo": weights.mean(),
+        "error": weights.std() / weights.size**0.5,
+        "ess": 1 / (shares**2).sum() / weights.size,
+        "khat": khat(weights),
+        "gradients": approx.fit_stats["gradient_evaluations"],
+        "cpu": cpu,
+    }
 
 
-def spread(values, digits: int) -> str:
+def spread(values: pd.Series, digits: int) -> str:
+    """Mean and range."""
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Write the table: a line a model and kind."""
+    """Write the table, a line for each model and kind, and its explanation."""
     seeds = sorted(rows["seed"].unique())
     head = "model | dimensions | start | ELBO, nats | effective draws | k-hat | gradients | CPU s"
     lines = [f"| {head} |", "|" + "---|" * 8]
@@ -124,10 +132,12 @@ def report(rows: pd.DataFrame) -> str:
     table = "\n".join(lines)
     return f"""# Starts in hundreds of dimensions
 
-Made by `python -m benchmarks.dimensions --seeds {" ".join(map(str, seeds))}`: the Gaussian that a fit starts from, before
-any flow, mean (least to most) over seeds. What is known of it differs; by default it is all covariances up to 1000
-dimensions, a low rank beyond. Variances are those from which the low rank is sought. Gradients and CPU seconds, compilation included, are medians. The ELBO's Monte
-Carlo error is at most {rows["error"].max():.2f}.
+Made by `python -m benchmarks.dimensions --seeds {" ".join(map(str, seeds))}`: the Gaussian that a
+fit starts from, before any flow, mean (smallest to largest) over seeds. The kinds of start differ
+in their covariance. By default it is full up to 1000 dimensions, and has a low rank beyond. The
+line "variances" is the diagonal Gaussian to which the low rank is added. Gradients and CPU seconds,
+compilation included, are medians. The ELBO's Monte Carlo error is at most
+{rows["error"].max():.2f}.
 
 {table}
 
@@ -148,7 +158,7 @@ def main() -> None:
     rows = []
     for make, kind, seed in itertools.product(chosen, KINDS, options.seeds):
         if make is not item_response and kind == "all covariances":
-            continue  # beyond what a fit takes for full
+            continue  # more than 1000 dimensions
         row = known.get((make.__name__, kind, seed)) or start(make, kind, seed)
         print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         rows.append(row)
