@@ -38,7 +38,7 @@ def no_c_compiler():
 
 @pytest.fixture
 def python(monkeypatch):
-    """Compile the package's functions to Python instead of JAX: slow steps, but compiled in a second."""
+    """Compile to Python instead of JAX: steps are slow, but compiled in a second."""
 
     def compile_in_python(*args, **kwargs):
         return pymc_compile(*args, **{**kwargs, "mode": PYTHON})
@@ -58,7 +58,7 @@ def normal():
 
 
 def eight_schools(centred=False):
-    """Build the model of eight schools (Rubin 1981), non-centred by default; its log evidence is -31.31."""
+    """Eight schools (Rubin 1981), non-centred by default; the log evidence is -31.31."""
     effects = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     errors = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     with pm.Model(coords={"school": list("ABCDEFGH")}) as model:
@@ -94,8 +94,8 @@ def centred_schools():
 def fit_once(tmp_path_factory):
     """Return a function that makes a fit in one of pytest's workers, and loads its file in others.
 
-    Its arguments are a name of the fit, and two functions: one builds the model, one returns the fit
-    of the model. A loaded fit has the same draws, ``hist`` and ``fit_stats``.
+    Its arguments are a name of the fit, and two functions: one builds the model, one returns the
+    fit of the model. A loaded fit has the same draws, ``hist`` and ``fit_stats``.
     """
 
     def get(name, build_model, fit):

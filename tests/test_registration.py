@@ -1,4 +1,4 @@
-"""Registration with ``pm.fit`` and ``pm.Group``: what it adds, what it leaves alone, its removal."""
+"""Registration with ``pm.fit`` and ``pm.Group``: additions, limits and removal."""
 
 import inspect
 import subprocess

@@ -243,18 +243,8 @@ def build_objective(
     gradients: Any = pt.grad(None, params, known_grads=known, disconnected_inputs="ignore")
     if local is not None:
         noise = [*noise, *local.base_noise, *local.noise]
-    return Objective(
-        noise,
-        temper,
-        kl_weight,
-        x,
-        inputs,
-        loss,
-        terms.log_weights,
-        terms.n_valid,
-        params,
-        gradients,
-    )
+    estimates = (loss, terms.log_weights, terms.n_valid, params, gradients)
+    return Objective(noise, temper, kl_weight, x, inputs, *estimates)
 
 
 class _Terms:

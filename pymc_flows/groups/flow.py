@@ -396,15 +396,10 @@ class FlowGroup(NoiseGroup):
             If the flow has no inverse.
         """
         if not self.bijection.invertible:
-            with_inverse = [
-                name
-                for name, family in FAMILIES.items()
-                if family.density_of_any_point != "no inverse"
-            ]
+            names = [k for k, f in FAMILIES.items() if f.density_of_any_point != "no inverse"]
             raise NotImplementedInference(
                 f"log_density needs a flow with an inverse, and {self.flow!r} has none; draws "
-                "carry their own log_q in sample_stats. Families with one: "
-                f"{', '.join(with_inverse)}"
+                f"carry their own log_q in sample_stats. Families with one: {', '.join(names)}"
             )
         return self.distribution.log_density(x)
 

@@ -1,8 +1,9 @@
 """Our layers against other libraries', with the same weights: tests/peers/README.md says whose.
 
-The peers' numbers lie in files that ``peers/make.py`` wrote. Where a peer keeps its weights in another
-layout or behind another constraint, they are translated here, and the whole layer is compared:
-conditioner, transformer, log-det. Peers that run on JAX are compared live, in test_bijections.py.
+The peers' numbers lie in files that ``peers/make.py`` wrote. Where a peer keeps its weights in
+another layout or behind another constraint, they are translated here, and the whole layer is
+compared: conditioner, transformer, log-det. Peers that run on JAX are compared live, in
+test_bijections.py.
 """
 
 from pathlib import Path
@@ -62,7 +63,7 @@ def evaluate(bijection, direction, given, weights):
 
 
 def compare(bijection, weights, theirs, order=lambda x: x):
-    """Hold ours against theirs, and our inverse against their inputs; ``order`` puts theirs as ours."""
+    """Compare both directions with theirs; ``order`` puts their variables in our order."""
     x, log_det = evaluate(bijection, "forward", theirs["z"], weights)
     assert_allclose(x, order(theirs["x"]), rtol=0, atol=1e-8)
     assert_allclose(log_det, theirs["log_det"], rtol=0, atol=1e-8)
@@ -183,7 +184,7 @@ def test_triangular_sylvester_is_pyros():
 
 
 def test_householder_sylvester_is_pyros_about_its_own_reflections():
-    """``z + Q (f(Q'z) - Q'z)``, with Pyro's Q and, as f, Pyro's layer where its own Q is the identity.
+    """``z + Q (f(Q'z) - Q'z)``, with Pyro's Q and, as f, Pyro's layer with the identity as Q.
 
     In reverse order of the dimensions, where R' is upper triangular.
     """

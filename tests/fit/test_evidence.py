@@ -1,4 +1,4 @@
-"""Log evidence of flow fits by importance sampling, where the exact value is known in closed form."""
+"""Log evidence of flow fits by importance sampling, against values in closed form."""
 
 import numpy as np
 import pymc as pm

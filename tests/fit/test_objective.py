@@ -97,7 +97,7 @@ def build(write):
 
 
 def groups_of(model, *vfams):
-    """Make one group a vfam, one variable each, last variable first; the last group has the rest."""
+    """One group a vfam, one variable each, last variable first; the last has the rest."""
     free = [model[rv.name] for rv in model.free_RVs][::-1]
     with model:
         groups = [

@@ -192,8 +192,8 @@ def low_rank(vfam):
     return build
 
 
-# What each format's files hold. Version a5ed9ab of format 1 wrote all that version 7dd1b68 of format 2
-# did, so format 2 has fewer files. Format 0 is format 1 as it was first.
+# What each format's files hold. Version a5ed9ab of format 1 wrote all that version 7dd1b68 of
+# format 2 did, so format 2 has fewer files. Format 0 is format 1 as it was first.
 ALL, NOT_SECOND, NAMED = (0, 1, 2, 3, 4), (0, 1, 3, 4), (0, 1, 4)
 SINCE_BASES, NAMED_SINCE_BASES = (1, 3, 4), (1, 4)
 # name: model, builder of the approximation, and formats

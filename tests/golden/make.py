@@ -17,11 +17,11 @@ FORMAT  COMMIT    what the version wrote
 4       8db2abf   format 4: a multiplier for each weight
 ======  ========  ============================================================
 
-Files of older formats can't be written again by a newer version: don't overwrite them. To add a case
-to ``cases.py``, run the commands above with the case's name as a second argument.
+Files of older formats can't be written again by a newer version: don't overwrite them. To add a
+case to ``cases.py``, run the commands above with the case's name as a second argument.
 
-Beside ``CASE.nc``, ``CASE.npz`` holds draws of each variable with their ``log_p`` and ``log_q``, computed
-without JAX: the draws in NumPy, ``log_p`` by numba.
+Beside ``CASE.nc``, ``CASE.npz`` holds draws of each variable with their ``log_p`` and ``log_q``,
+computed without JAX: the draws in NumPy, ``log_p`` by numba.
 """
 
 import sys

@@ -5,8 +5,8 @@ It runs in an environment of its own, for the project needs none of these librar
     python3.11 -m venv peers && peers/bin/pip install -r tests/peers/requirements.txt
     peers/bin/python tests/peers/make.py
 
-A case is a layer: its weights under the names that the library gives them, inputs ``z`` (draws, dim),
-outputs ``x`` (draws, dim) and ``log_det`` (draws,). Nothing here repeats a layer's formula.
+A case is a layer: its weights under the names that the library gives them, inputs ``z`` (draws,
+dim), outputs ``x`` (draws, dim) and ``log_det`` (draws,). Nothing here repeats a layer's formula.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def pyro_cases():
 
 
 def tfp_cases():
-    """The masked autoregressive bijector of TensorFlow Probability (Apache-2.0), on Pyro's network."""
+    """The masked autoregressive bijector of TensorFlow Probability (Apache-2.0), by Pyro's net."""
     import tensorflow_probability.substrates.numpy as tfp
     from pyro.nn import AutoRegressiveNN
 
