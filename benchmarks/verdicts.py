@@ -35,6 +35,8 @@ def judged(path: Path) -> dict:
         kept = dataset.load()
     record = json.loads(kept.attrs["fit"])
     densities = ["log_p", "log_q"]
+    if not set(densities) <= set(kept.data_vars):
+        raise ValueError(f"{path.name} must hold log_p and log_q, which its method did not return")
     tree = xr.DataTree.from_dict(
         {"posterior": kept.drop_vars(densities), "sample_stats": kept[densities]}
     )

@@ -7,7 +7,7 @@ import pymc as pm
 import pytest
 import xarray as xr
 
-from benchmarks import grading, methods, references
+from benchmarks import grading, methods, references, verdicts
 from benchmarks.posteriors import models
 
 NAME = "kidiq-kidscore_momiq"
@@ -200,3 +200,19 @@ def test_every_posterior_has_its_files(name):
     known = entry.variables if entry.tier == "draws" else [f"{v}__mean" for v in entry.variables]
     assert set(known) <= set(reference)
     assert np.isfinite(references.Nuts.verified(name).cpu)
+
+
+def test_kept_draws_are_judged(tmp_path):
+    row = methods.measure(f"{HERE}:nearly_equal_weights", MOMENTS, 1, tmp_path)
+    (path,) = tmp_path.glob("*.nc")
+    judged = verdicts.judged(path)
+    assert (judged["posterior"], judged["seed"]) == (MOMENTS, 1)
+    assert judged["grade"] == row.grade
+    assert judged["khat"] == 0
+
+
+def test_draws_without_densities_cannot_be_judged(tmp_path):
+    methods.measure(f"{HERE}:exact", NAME, 1, tmp_path)
+    (path,) = tmp_path.glob("*.nc")
+    with pytest.raises(ValueError, match="must hold log_p and log_q"):
+        verdicts.judged(path)
