@@ -211,7 +211,8 @@ def report(rows: pd.DataFrame, seeds: list[int]) -> str:
             '`method="flow"` with one part taken out. Nats lost are the ELBO of the whole fit, of '
             "the same posterior and seed, minus the ELBO without the part. Gradients and CPU "
             "seconds are ratios to the whole fit's: of the sums over all fits and, in brackets, "
-            "the geometric mean of the ratios of single fits. CPU seconds are those of this process.",
+            "the geometric mean of the ratios of single fits. CPU seconds are those of this "
+            "process.",
             "",
             *table_of_parts(rows),
             "",

@@ -5,8 +5,8 @@ Write the draws of one version, then compare another with them::
     python -m benchmarks.regression --write before.npz
     python -m benchmarks.regression --against before.npz --output benchmarks/results/regression.md
 
-Run both on one machine. The table gives, for each fit, the largest difference between the draws of the
-two versions, in standard deviations of the variable, and of their log densities, in nats.
+Run both on one machine. The table gives, for each fit, the largest difference between the draws of
+the two versions, in standard deviations of the variable, and of their log densities, in nats.
 """
 
 from __future__ import annotations
