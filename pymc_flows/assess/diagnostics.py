@@ -18,7 +18,8 @@ from xarray import DataTree
 
 from pymc_flows.assess.scalars import Scalars
 from pymc_flows.assess.verdict import Measurements, judge, stated_error
-from pymc_flows.posterior.approximation import AUXILIARY_DENSITY, with_density
+from pymc_flows.posterior.approximation import with_density
+from pymc_flows.posterior.sampling import AUXILIARY_DENSITY
 from pymc_flows.statistics import importance
 from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.distances import transport

@@ -23,18 +23,18 @@ from pymc_flows.model.space import Ordering
 def checked_context(
     context: TensorVariable, ordering: Ordering, model: pm.Model, options: Mapping[str, Any]
 ) -> TensorVariable:
-    """Return a context with its static shape, or say what rules it out.
+    """Return a context with its static shape, or raise the reason against it.
 
     Parameters
     ----------
     context : TensorVariable
         (n, columns).
     ordering : mapping
-        Of the group; the first axis of each variable must have length n.
+        Ordering of the group; the first axis of each variable must have length n.
     model : Model
-        Of the group.
+        Model of the group.
     options : mapping
-        Of the flow; the base must be normal, and non-centring off.
+        Options of the flow; the base must be normal, and non-centring off.
 
     Raises
     ------
@@ -70,13 +70,13 @@ def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, d
     Parameters
     ----------
     flow : Bijection
-        Of one row of all variables.
+        Flow of one row of all variables.
     context : TensorVariable
         (n, columns), with a static shape.
     ordering : mapping
-        Of the group.
+        Ordering of the group.
     dim : int
-        Of the whole group.
+        Dimension of the whole group.
     """
     n_rows, n_columns = context.type.shape
     places = np.arange(dim)
@@ -89,7 +89,7 @@ def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, d
 def record_of_context(
     context: TensorVariable | None, model: pm.Model, label: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Describe where a file finds a context again: in the model, or in an array of the file.
+    """Describe where a file finds a context: a variable of the model, or an array of the file.
 
     Raises
     ------
@@ -113,15 +113,15 @@ def record_of_context(
         arrays[f"{label}_context"] = array.astype(float) if array.dtype.kind in "iub" else array
         return {"array": f"{label}_context", "dtype": str(array.dtype)}
     raise TypeError(
-        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved: take "
-        f"the weights to a group that has one; got {context}"
+        "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved, got "
+        f"{context}: give the weights, params[0], to a group with such a context, and save that one"
     )
 
 
 def context_from(
     saved: dict[str, Any] | None, arrays: Mapping[str, np.ndarray], model: pm.Model
 ) -> Any:
-    """Find a context again that :func:`record_of_context` described; None for none.
+    """Find a context that :func:`record_of_context` described; None if there is none.
 
     Raises
     ------

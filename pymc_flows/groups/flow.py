@@ -37,19 +37,12 @@ from pymc_flows.families.registry import DEFAULT_FAMILY, FAMILIES, canonical
 from pymc_flows.groups.components import mixture_weights
 from pymc_flows.groups.context import checked_context, flow_of_rows
 from pymc_flows.groups.flow_record import arguments_of_flow, record_of_flow, restore_flow
-from pymc_flows.groups.moments import model_space_state
+from pymc_flows.groups.moments import model_space_state, moment_noise
 from pymc_flows.groups.noise_group import NoiseGroup
 from pymc_flows.groups.placement import placed
 from pymc_flows.groups.protocol import Arrays, Restore
 from pymc_flows.model.noncentering import Noncentering, find_noncentering
 from pymc_flows.model.space import draws_of_start, unconstrained_start
-
-# quasi-random draws from which moments are computed, up to 512 dimensions
-MOMENT_DRAWS = 8192
-# elements of these draws; above 512 dimensions there are fewer of them, to bound memory
-MOMENT_ELEMENTS = 2**22
-# fewest of them in any dimension
-LEAST_MOMENT_DRAWS = 256
 
 
 class FlowGroup(NoiseGroup):
@@ -85,7 +78,7 @@ class FlowGroup(NoiseGroup):
         if they are given to the fit as ``more_obj_params``. With a minibatch, ``total_size`` of the
         observed variables must be the batch's, because PyMC does not scale up the density of latent
         variables. To draw, give the weights (``params[0].get_value()``) to a group of the same
-        family whose context is the data wanted.
+        family with the data of interest as context.
     **kwargs
         The family's options.
 
@@ -176,7 +169,7 @@ class FlowGroup(NoiseGroup):
         seed = int(self.rng.randint(2**30, dtype=np.int64))
         return unconstrained_start(self.model, self.ordering, start, seed)
 
-    # Where the flow stands.
+    # The affine map that the flow starts in.
 
     def place(self, loc, factor, layers: Bijection | None = None, base: Base | None = None) -> None:
         """Put the flow inside a new fixed affine map; the caller sets the weights.
@@ -210,7 +203,7 @@ class FlowGroup(NoiseGroup):
         self.drop_cached_graphs()
 
     def restart(self, loc, factor, layers: Any = None, base: Base | None = None) -> None:
-        """As :meth:`place`, with new initial weights; ``layers="affine"`` is one affine map."""
+        """As :meth:`place`, with new initial weights; ``layers="affine"`` is an affine map."""
         self.place(loc, factor, affine_map(self.ddim) if layers == "affine" else layers, base)
         if self.shared_params is None:
             return
@@ -260,7 +253,7 @@ class FlowGroup(NoiseGroup):
         self.shared_params["weights"].set_value(grown)
 
     def _undoing_permutation(self, layer: Bijection, n_layers: int) -> list[Bijection]:
-        """Undo the exchange of elements by new layers, where the base's elements differ."""
+        """Undo the reordering of elements by new layers, if the base's elements differ."""
         if isinstance(self.base, StandardNormal):
             return []
         x = map_forward(Chain([layer] * n_layers), np.eye(self.ddim))
@@ -287,7 +280,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def inner_start_draws(self) -> np.ndarray | None:
-        """Start draws (draws, dim) as the layers before the non-centring see them, or None."""
+        """Start draws (draws, dim) mapped back through the non-centring; None without draws."""
         if self.start_draws is None or self.noncentering is None:
             return self.start_draws
         return map_inverse(self.noncentering, self.start_draws)
@@ -304,7 +297,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a fit may choose the layers: only of the default family with its own weights."""
+        """Whether a fit may choose the layers: the default family, with weights of its own."""
         own = self.shared_params is not None and self.context is None
         return self._is_default and own
 
@@ -359,7 +352,7 @@ class FlowGroup(NoiseGroup):
             self.shared_params["weights"].set_value(self._initial_weights()["weights"].get_value())
 
     def reset_rng(self, random_seed: int) -> None:
-        """Seed later draws of initial weights; those that there are stay."""
+        """Seed later draws of initial weights; the present ones stay."""
         self.rng = np.random.RandomState(random_seed)
 
     # Draws and densities, symbolically.
@@ -372,7 +365,7 @@ class FlowGroup(NoiseGroup):
         )
 
     def draws_and_log_q(self, noise):
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
+        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log q (draws,)."""
         return self.distribution.draws_and_log_q(noise)
 
     def draws_and_score(self, noise):
@@ -405,13 +398,9 @@ class FlowGroup(NoiseGroup):
 
     @node_property
     def _moment_draws(self):
-        from scipy.stats import qmc  # slow to import
-
         # the noise is fixed, so moments repeat, and follow the weights while they train
-        n_draws = np.clip(MOMENT_ELEMENTS // self.ddim, LEAST_MOMENT_DRAWS, MOMENT_DRAWS)
-        n_draws = 2 ** int(np.log2(n_draws))
-        noise = qmc.MultivariateNormalQMC(np.zeros(self.noise_dim), rng=np.random.default_rng(0))
-        return self.draws_and_log_q(pt.constant(floatX(noise.random(n_draws))))[0]
+        noise = moment_noise(self.ddim, self.noise_dim)
+        return self.draws_and_log_q(pt.constant(floatX(noise)))[0]
 
     @node_property
     def mean(self):
@@ -431,13 +420,13 @@ class FlowGroup(NoiseGroup):
 
     @property
     def state(self) -> VIState:
-        """Mean and sd of each variable in the model's own space, over the draws of ``mean``."""
+        """Mean and sd of each variable in the model's space, over the same draws as ``mean``."""
         return model_space_state(self.model, self.ordering, self._moment_draws)
 
     # Files.
 
     def record(self, label: str, arrays: Arrays) -> dict[str, Any]:
-        """Describe the flow as plain data; its arrays go into ``arrays`` under the label."""
+        """Describe the flow as plain data; its arrays go into ``arrays``."""
         return record_of_flow(self, label, arrays)
 
     @classmethod

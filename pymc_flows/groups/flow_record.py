@@ -45,7 +45,7 @@ def record_of_flow(group: Any, label: str, arrays: Arrays) -> dict[str, Any]:
 
 
 def arguments_of_flow(saved: dict[str, Any], arrays: Arrays, model: Any) -> dict[str, Any]:
-    """Arguments of :class:`FlowGroup` by which a recorded flow is made again."""
+    """Arguments of :class:`FlowGroup` from which a recorded flow is rebuilt."""
     flow = saved["flow"]
     return {
         "group": [model[name] for name in saved["variables"]],

@@ -80,8 +80,8 @@ class MNFGroup(NoiseGroup):
         The options of :func:`pymc_flows.families.matrices.mnf`. They can also be given as keywords.
     start : dict, optional
         Initial means of the matrices by variable, constrained. By default the model's initial
-        point; with multipliers of rows, small random numbers are added, because from one point all
-        units of a layer would stay alike.
+        point; with multipliers of rows, small random numbers are added, because from one point
+        all units of a layer would stay alike.
     **kwargs
         The options.
 
@@ -206,7 +206,7 @@ class MNFGroup(NoiseGroup):
         self.forget()
 
     def reset_rng(self, random_seed: int) -> None:
-        """Seed later draws of initial weights; those that there are stay."""
+        """Seed later draws of initial weights; the present ones stay."""
         self.rng = np.random.RandomState(random_seed)
 
     def forget(self) -> None:
@@ -291,7 +291,7 @@ class MNFGroup(NoiseGroup):
         return x, log_q, pt.zeros_like(x)
 
     def map_base(self, z):
-        """Map noise z (draws, noise_dim) to x (draws, dim), log_q, and the log density of z."""
+        """Map noise z (draws, noise_dim) to x (draws, dim), log_q and the log density of z."""
         return *self.draws_and_log_q(z), normal_log_density(z)
 
     def log_density_of(self, x):
@@ -358,7 +358,7 @@ class MNFGroup(NoiseGroup):
         return model_space_state(self.model, self.ordering, self.draws_and_log_q(noise)[0])
 
     def record(self, label: str, arrays: Arrays) -> dict[str, Any]:
-        """Describe the group as plain data; its arrays go into ``arrays`` under the label."""
+        """Describe the group as plain data; its arrays go into ``arrays``."""
         saved = record_of_variables(self, label, arrays)
         saved["rng"] = record_of_rng(self.rng, f"{label}_rng", arrays)
         arrays[f"{label}_first_loc"] = self.first_loc
@@ -393,7 +393,7 @@ def by_layers(
     start: Any = None,
     **options: Any,
 ) -> Sequence[Group]:
-    """Split a model's variables: matrices and kernels go to mnf, the others to mean field.
+    """Put a model's matrices and kernels into an mnf group, and the others into mean field.
 
     Parameters
     ----------
@@ -404,7 +404,7 @@ def by_layers(
     start : dict, optional
         Initial means by variable, constrained.
     **options
-        Those of :func:`pymc_flows.families.matrices.mnf`.
+        Options of :func:`pymc_flows.families.matrices.mnf`.
 
     Raises
     ------

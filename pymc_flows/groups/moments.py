@@ -1,4 +1,4 @@
-"""Means and standard deviations of a group's variables in the model's own space."""
+"""Moments of groups: the noise to compute them from, and their values in the model's space."""
 
 from __future__ import annotations
 
@@ -11,6 +11,36 @@ from pytensor.tensor.variable import TensorVariable
 from pymc_flows.model.batching import batch_graphs
 from pymc_flows.model.space import Ordering, labelled
 
+# quasi-random draws from which a flow's moments are computed, up to 512 dimensions
+MOMENT_DRAWS = 8192
+# elements of these draws; above 512 dimensions there are fewer draws, to bound memory
+MOMENT_ELEMENTS = 2**22
+# smallest number of draws in any dimension
+LEAST_MOMENT_DRAWS = 256
+
+
+def moment_noise(dim: int, noise_dim: int) -> np.ndarray:
+    """Quasi-random standard normal noise (draws, noise_dim), the same in each call.
+
+    Parameters
+    ----------
+    dim : int
+        Dimension of the draws that are made from the noise.
+    noise_dim : int
+        Columns of the noise.
+
+    Examples
+    --------
+    >>> moment_noise(2, 2).shape, moment_noise(10_000, 2).shape
+    ((8192, 2), (256, 2))
+    """
+    from scipy.stats import qmc  # slow to import
+
+    n_draws = np.clip(MOMENT_ELEMENTS // dim, LEAST_MOMENT_DRAWS, MOMENT_DRAWS)
+    n_draws = 2 ** int(np.log2(n_draws))
+    noise = qmc.MultivariateNormalQMC(np.zeros(noise_dim), rng=np.random.default_rng(0))
+    return noise.random(n_draws)
+
 
 def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) -> VIState:
     """Mean and standard deviation of each variable of one group, constrained, over its draws.
@@ -18,9 +48,9 @@ def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) ->
     Parameters
     ----------
     model : Model
-        Of the group.
+        Model of the group.
     ordering : mapping
-        Of the group.
+        Ordering of the group.
     x : TensorVariable
         (draws, dim), unconstrained draws.
 

@@ -1,8 +1,8 @@
-"""What a fit, a file and a diagnosis ask of any group of variables.
+"""The protocol of groups: all that a fit, a file and a diagnosis use of a group of variables.
 
-Flows and mnf groups answer themselves. PyMC's mean-field and full-rank groups get an adapter, which
-leaves them as they are (:mod:`pymc_flows.groups.pymc_groups`). Code outside this folder never asks
-of which class a group is.
+Flows and mnf groups implement it. PyMC's mean-field and full-rank groups get an adapter, which does
+not change them (:mod:`pymc_flows.groups.pymc_groups`). Code outside this folder never tests the
+class of a group.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class FitGroup(abc.ABC):
     Attributes
     ----------
     ddim : int
-        Number of dimensions, as PyMC calls it.
+        Number of dimensions; the name is PyMC's.
     ordering : mapping
-        Place of each value variable in the flat vector, as PyMC has it.
+        Name, slice, shape and dtype of each value variable in the flat vector.
     mean, std : TensorVariable
-        (dim,), unconstrained.
+        (dim,), mean and standard deviation, unconstrained.
     kind : str
         Name of the class of groups in files.
     has_score : bool
-        Whether draws carry the score of their density. Groups whose ``log_q`` only bounds a density
-        have none; a fit takes the whole reparametrization gradient for them.
+        Whether draws carry the score of their density. Groups whose ``log_q`` is only a bound of
+        the log density have none; a fit takes the whole reparametrization gradient for them.
     placeable : bool
         Whether a fit may move the group to a Gaussian near the posterior.
     fitted : bool
-        Whether the group was fitted. A further fit leaves it where it is and trains on.
+        Whether the group was fitted. A further fit does not place it again, and trains on.
     seeded : bool
         Whether the user gave it a seed of its own.
     start_draws : ndarray or None
-        (draws, dim), which the user gave as a start, unconstrained.
+        (draws, dim), unconstrained, that the user gave as a start.
     noncentering : Bijection or None
         Last layer, which reads the model's priors.
     context : TensorVariable or None
-        What the group is conditioned on, row by row.
+        Data that the group is conditioned on, row by row.
     """
 
     ddim: Any
@@ -65,7 +65,7 @@ class FitGroup(abc.ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a fit may choose the group's layers, and end with an affine map alone."""
+        """Whether a fit may choose the group's layers, or keep an affine map alone."""
         return False
 
     @property
@@ -90,7 +90,7 @@ class FitGroup(abc.ABC):
 
     @property
     def inner_start_draws(self) -> np.ndarray | None:
-        """Start draws (draws, dim) as the layers before a non-centring see them, or None."""
+        """Start draws (draws, dim) mapped back through the non-centring; None without draws."""
         return self.start_draws
 
     @property
@@ -120,7 +120,7 @@ class FitGroup(abc.ABC):
 
     @abc.abstractmethod
     def map_base(self, z: TensorVariable) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
-        """Map z (draws, base_dim) to x (draws, dim), with log q of x and log density of z."""
+        """Map z (draws, base_dim) to x (draws, dim), log q of x, and the log density of z."""
 
     @abc.abstractmethod
     def log_density_of(self, x: TensorVariable) -> TensorVariable:
@@ -141,11 +141,11 @@ class FitGroup(abc.ABC):
         """Point (dim,) at which the group starts."""
 
     def place(self, loc: np.ndarray, factor: Any) -> None:
-        """Put the group inside the affine map ``loc + factor z``; its weights stay."""
+        """Put a ``placeable`` group inside the affine map ``loc + factor z``; keep its weights."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def restart(self, loc: np.ndarray, factor: Any, layers: Any = None, base: Any = None) -> None:
-        """As :meth:`place`, with new initial weights; ``layers="affine"`` is one affine map."""
+        """As :meth:`place`, with new initial weights; ``layers="affine"`` is an affine map."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def put_components(self, gaussians: Sequence[tuple[np.ndarray, Any]]) -> None:
@@ -157,21 +157,28 @@ class FitGroup(abc.ABC):
         raise NotImplementedError(f"{self} can't grow")
 
     def local_weights(self) -> tuple[list[str], dict[str, str]]:
-        """Value variables whose products with data may be drawn instead; why not the others.
+        """Value variables whose products with data may be drawn instead of them.
 
-        Kingma et al. 2015, arXiv:1506.02557.
+        Local reparameterization, Kingma et al. 2015, arXiv:1506.02557.
+
+        Returns
+        -------
+        allowed : list of str
+            Names of these variables.
+        refused : dict of str to str
+            Names of the other variables, and the reasons.
         """
         return [], {}
 
     def local_laws(
         self, noise: Mapping[str, TensorVariable]
     ) -> dict[str, tuple[TensorVariable, TensorVariable, TensorVariable]]:
-        """For each value variable of ``noise`` its multipliers, mean and sd, for local draws."""
+        """Multipliers, mean and sd of each value variable of ``noise``, by its name."""
         return {}
 
     @abc.abstractmethod
     def reseed(self, random_seed: int) -> None:
-        """Draw the initial weights anew from a seed; PyMC's groups have none to draw."""
+        """Draw new initial weights from a seed; PyMC's groups have no random initial weights."""
 
     @abc.abstractmethod
     def reset_rng(self, random_seed: int) -> None:
@@ -179,7 +186,7 @@ class FitGroup(abc.ABC):
 
     @abc.abstractmethod
     def forget(self) -> None:
-        """Go back to how the group was made, with new initial weights; PyMC's groups stay."""
+        """Return to the initial layers, place and weights, drawn anew; PyMC's groups stay."""
 
     @abc.abstractmethod
     def snapshot(self) -> Restore:

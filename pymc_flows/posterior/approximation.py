@@ -21,11 +21,8 @@ from pymc_flows.groups.pymc_groups import adapt
 from pymc_flows.model.minibatch import is_minibatched
 from pymc_flows.model.space import labelled, prior_points
 from pymc_flows.posterior.point_density import log_density_of_points
-from pymc_flows.posterior.sampling import Draws, Sampler, noise_streams, trace_of
+from pymc_flows.posterior.sampling import Draws, Sampler, idata_of, noise_streams, trace_of
 
-# attribute of ``log_q`` in sample_stats if it is the density of draws and auxiliary variables jointly,
-# less the auxiliary's (mnf)
-AUXILIARY_DENSITY = "joint with auxiliary variables"
 # draws from which ``state`` is computed
 STATE_DRAWS = 8192
 
@@ -49,7 +46,8 @@ class FlowApproximation(Approximation):
     hist : ndarray
         Loss of each step of the fit, in nats.
     fit_stats : Mapping
-        Record of the fit; empty before one. :class:`pymc_flows.posterior.record.FitStats` lists its keys.
+        Record of the fit; empty before a fit. :class:`pymc_flows.posterior.record.FitStats` lists
+        its keys.
     backend : str or None
         Backend that draws and densities are compiled for.
     include_transformed : bool
@@ -113,8 +111,8 @@ class FlowApproximation(Approximation):
     def draws_and_score(self, n_draws: int) -> tuple[Any, Any, Any, Any, Any]:
         """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) as a fourth.
 
-        For groups without a score it is 0. A fifth value is the sum of these groups' ``log_q``, or None
-        if all have scores.
+        For groups without a score it is 0. A fifth value is the sum of these groups' ``log_q``, or
+        None if all groups have scores.
         """
         noise = self._symbolic_noise(n_draws)
         drawn = [m.draws_and_score(z) for m, z in zip(self.members, noise, strict=True)]
@@ -211,8 +209,9 @@ class FlowApproximation(Approximation):
         for member in self.members:
             if member.context is not None and is_minibatched([member.context]):
                 raise ValueError(
-                    f"the context of {member} must be fixed data outside a fit, got a minibatch: give "
-                    "its weights, params[0], to a group of the same family with the data wanted"
+                    f"the context of {member} must be fixed data outside a fit, got a minibatch: "
+                    "give its weights, params[0], to a group of the same family whose context is "
+                    "the data of interest"
                 )
 
     # Draws and densities.
@@ -263,25 +262,10 @@ class FlowApproximation(Approximation):
         model = pm.Model.get_context(error_if_none=False) or self.model
         drawn = self._draw(draws, random_seed, model)
         model = self.sampler(model).model
-        trace = trace_of(drawn, model)
         if not return_inferencedata:
-            return trace
-        kwargs["log_likelihood"] = False
-        idata = pm.to_inference_data(
-            trace, model=model, include_transformed=include_transformed, **kwargs
-        )
+            return trace_of(drawn, model)
         exact = all(member.has_score for member in self.members)
-        attrs = {} if exact else {"density": AUXILIARY_DENSITY}
-        idata["sample_stats"] = DataTree(
-            Dataset(
-                {
-                    "log_p": (("chain", "draw"), drawn.log_p[None]),
-                    "log_q": (("chain", "draw"), drawn.log_q[None], attrs),
-                },
-                coords=idata.posterior.coords.to_dataset()[["chain", "draw"]].coords,
-            )
-        )
-        return idata
+        return idata_of(drawn, model, exact, include_transformed=include_transformed, **kwargs)
 
     def _draw(self, draws: int, random_seed: Any, model: pm.Model) -> Draws:
         if random_seed is None:

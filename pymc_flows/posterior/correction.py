@@ -20,8 +20,8 @@ from pymc_flows.statistics.importance import khat_threshold, smooth
 
 # draws from which the first state of a chain is chosen
 POOL = 100
-# correlation of a move's noise with the noise it starts from, used in turn; a small correlation is a
-# large step, which is accepted only if the importance weights are even
+# correlations of a move's noise with the noise before the move, used in turn; a small correlation
+# is a large step, which is often accepted only if the importance weights are even
 CORRELATIONS = (0.5, 0.8, 0.95)
 
 
@@ -259,7 +259,7 @@ def _independence_chains(
 def _independence_chain(
     log_weights: np.ndarray, row: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """States of one chain, as indices; ``row`` has those of its pool, then those of its proposals."""
+    """States of one chain, as indices; ``row`` has its pool, then its proposals."""
     pool = log_weights[row[:POOL]]
     if not np.isfinite(pool).any():
         raise _no_density(POOL)

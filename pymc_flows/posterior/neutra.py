@@ -73,8 +73,8 @@ def neutra_model(approx: Approximation) -> pm.Model:
             n = member.base_dim
             pieces[z] = pt.specify_shape(base[None, first : first + n], (1, n))
             first += n
-        outputs = graph_replace(outputs, {**pieces, **frozen}, strict=False)
-        log_weight, log_base, *values = outputs
+        replaced = graph_replace(outputs, {**pieces, **frozen}, strict=False)
+        log_weight, log_base, *values = replaced
         if not normal:
             pm.Potential(_free_name("log_base", model), log_base)
         pm.Potential(_free_name("log_weight", model), log_weight)

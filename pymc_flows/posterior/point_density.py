@@ -23,7 +23,7 @@ SPACES = ("constrained", "unconstrained")
 
 
 def log_density_of_points(approx: Any, points: Any, space: str) -> np.ndarray:
-    r"""Log density of an approximation at points, as :meth:`FlowApproximation.log_density` gives it.
+    r"""Log density of an approximation at points, for :meth:`FlowApproximation.log_density`.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def log_density_of_points(approx: Any, points: Any, space: str) -> np.ndarray:
     points : mapping of str to array, Dataset or DataTree
         (\*sample shape, \*shape) of every free variable.
     space : {"constrained", "unconstrained"}
-        Where the points are.
+        Space of the points.
     """
     if space not in SPACES:
         raise ValueError(f"space must be 'constrained' or 'unconstrained', got {space!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class FitStats(Mapping[str, Any]):
-    """What a fit took, and how it ended: a mapping with these keys, and attributes of the same names.
+    """The cost of a fit and how it ended: a mapping with these keys, also attributes.
 
     A key whose value is None is not in the mapping.
 
@@ -30,15 +30,15 @@ class FitStats(Mapping[str, Any]):
     roll_backs : int
         Returns to an earlier state, with a lower learning rate from there on.
     local_reparameterization : list of str
-        Matrices in place of which their products with data were drawn.
+        Matrices whose products with data were drawn instead of the matrices.
     start_elbo : float, optional
         ELBO in nats of the Gaussian that the search for a start found.
     modes : int, optional
         Modes that the search found.
     modes_missed : int, optional
-        Those of them that the fit leaves out.
+        Modes that the search found and the fit does not cover.
     ess : float, optional
-        Effective share of draws at the end.
+        Effective sample size at the end, as a share of the draws.
     elbo : float, optional
         ELBO of the state that was kept, in nats, on fresh draws.
     state : str, optional
@@ -47,8 +47,8 @@ class FitStats(Mapping[str, Any]):
         For each stretch of training its ``first_step``, ``steps``, ``draws`` a step, steps of
         ``annealing``, and why it ``stopped``.
     restarts : list of dict, optional
-        For each restart its ``elbo``, the largest ``shift`` of a mean from the fit that was kept, in
-        standard deviations, and the ``sd_ratio`` furthest from 1.
+        For each restart its ``elbo``, the largest ``shift`` of a mean from the fit that was kept,
+        in standard deviations, and the ``sd_ratio`` furthest from 1.
     restarts_agree : bool, optional
         Whether restarts agree.
 

@@ -13,16 +13,20 @@ from pymc.backends.base import MultiTrace
 from pymc.backends.ndarray import NDArray
 from pymc.pytensorf import floatX
 from pymc.util import _get_seeds_per_chain
+from xarray import Dataset, DataTree
 
 from pymc_flows.backend.compilation import compile_function
 from pymc_flows.model.batching import batch_graphs
 from pymc_flows.model.log_density import log_density, value_slices
 from pymc_flows.model.minibatch import whole_model
 
-# draws that one call of a compiled function makes, if data and dimensions are few
+# draws that one call of a compiled function makes, at most
 CHUNK_DRAWS = 1000
-# elements of data and draws that a call may hold together; larger models get fewer draws a call
+# limit on draws a call, times the number of data and dimensions; it bounds the memory of a call
 CHUNK_ELEMENTS = 2**24
+# attribute ``density`` of ``log_q`` in sample_stats, for groups of matrices (mnf): ``log_q`` is the
+# log density of draws and auxiliary variables jointly, less the auxiliary log density
+AUXILIARY_DENSITY = "joint with auxiliary variables"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Draws:
     log_p : ndarray
         (draws,), the model's log density with its transforms' Jacobians, in nats.
     log_q : ndarray
-        (draws,), the approximation's, in nats on the unconstrained space.
+        (draws,), the approximation's log density, in nats on the unconstrained space.
     """
 
     values: dict[str, np.ndarray]
@@ -47,16 +51,16 @@ class Draws:
 class Sampler:
     """Makes draws of an approximation, for one model.
 
-    The flow and the model are two compiled functions, so that a model that JAX can't compile does not
-    take the flow with it.
+    The flow and the model are two compiled functions. So the flow is compiled by JAX even if JAX
+    can't compile the model.
 
     Parameters
     ----------
     approx : FlowApproximation
-        What draws are made from.
+        Approximation that draws are made from.
     model : Model
-        Whose variables they are; other data than the fit's are allowed. With minibatches, the same
-        model on all of its data.
+        Model that the variables belong to. Its data may differ from those of the fit. A model of
+        minibatches is replaced by the same model on all of its data.
     """
 
     def __init__(self, approx: Any, model: pm.Model) -> None:
@@ -99,7 +103,7 @@ class Sampler:
         return self._from_chunks(([z[i : i + self.chunk] for z in padded] for i in starts), draws)
 
     def _from_chunks(self, chunks: Iterable[Sequence[np.ndarray]], draws: int) -> Draws:
-        """Make draws from chunks of noise, which may hold more than are wanted."""
+        """Make the first ``draws`` draws from chunks of noise, which may hold more."""
         parts, left = [], draws
         for noise in chunks:
             x, log_q = map(np.asarray, self.flow(*noise))
@@ -143,3 +147,32 @@ def trace_of(drawn: Draws, model: pm.Model) -> MultiTrace:
         trace.samples[name] = drawn.values[name]
     trace.draw_idx = n_draws
     return MultiTrace([trace])
+
+
+def idata_of(drawn: Draws, model: pm.Model, exact: bool, **kwargs: Any) -> DataTree:
+    """Put draws into a DataTree of one chain, with ``log_p`` and ``log_q`` in ``sample_stats``.
+
+    Parameters
+    ----------
+    drawn : Draws
+        The draws.
+    model : Model
+        Model of the draws, whose data go into the DataTree.
+    exact : bool
+        Whether ``log_q`` is the log density of the draws; otherwise an attribute marks it.
+    **kwargs
+        Passed to ``pm.to_inference_data``.
+    """
+    kwargs["log_likelihood"] = False
+    idata = pm.to_inference_data(trace_of(drawn, model), model=model, **kwargs)
+    attrs = {} if exact else {"density": AUXILIARY_DENSITY}
+    idata["sample_stats"] = DataTree(
+        Dataset(
+            {
+                "log_p": (("chain", "draw"), drawn.log_p[None]),
+                "log_q": (("chain", "draw"), drawn.log_q[None], attrs),
+            },
+            coords=idata.posterior.coords.to_dataset()[["chain", "draw"]].coords,
+        )
+    )
+    return idata

@@ -1,4 +1,4 @@
-"""By what a file knows a model again: its variables, its data, and its densities at one point."""
+"""The signature of a model in a file: its variables, data, and log densities at one point."""
 
 from __future__ import annotations
 
@@ -77,14 +77,15 @@ def _check_variables(saved: dict[str, Any], model: pm.Model, path: Any) -> None:
         for what in ("shape", "transform"):
             if here[name][what] != variable[what]:
                 raise ValueError(
-                    f"{what} of {name!r} must be as fitted, {variable[what]}, got {here[name][what]}"
+                    f"{what} of {name!r} must be as fitted, {variable[what]}, "
+                    f"got {here[name][what]}"
                 )
 
 
 def _differences(
     saved: dict[str, Any], arrays: dict[str, np.ndarray], model: pm.Model
 ) -> list[str]:
-    """Say in which distributions, data and log densities a model differs from the one that was fitted."""
+    """Differences in distributions, data and log densities from the fitted model, in words."""
     here = {rv.name: _variable(model, rv)["distribution"] for rv in model.free_RVs}
     differences = [
         f"distribution of {name!r} was {variable['distribution']} and is {here[name]}"

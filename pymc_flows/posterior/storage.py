@@ -29,7 +29,7 @@ FORMAT = "pymc_flows fit"
 FORMAT_VERSION = 4
 # packages whose versions are written down
 LIBRARIES = ("pymc-flows", "pymc", "pytensor", "numpy")
-# kind of a group in a file, and how it is made again
+# function that makes a group from its record, by the group's kind in a file
 READERS = {
     FlowGroup.kind: FlowGroup.from_record,
     MNFGroup.kind: MNFGroup.from_record,
@@ -39,21 +39,21 @@ READERS = {
 
 
 def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
-    """Write an approximation to a file. A file that exists is replaced once all is written.
+    """Write an approximation to a file. An existing file is replaced once all is written.
 
     Parameters
     ----------
     approx : Approximation
-        A fit, ours, or PyMC's mean-field or full-rank ADVI.
+        A fit of pymc_flows, or of PyMC's mean-field or full-rank ADVI.
     path : path-like
         The file. Its content is netCDF, whatever the ending of its name.
 
     Raises
     ------
     TypeError
-        If ``approx`` is no approximation; if a layer is of a class of your own or an option can't be
-        written; or if a group has a context that is neither an array, nor ``pm.Data``, nor a
-        ``pm.Deterministic`` of data alone.
+        If ``approx`` is no approximation; if a layer is not one of pymc_flows, or a group neither
+        of pymc_flows nor PyMC's mean field or full rank; if an option can't be written; or if a
+        context is neither an array, nor ``pm.Data``, nor a ``pm.Deterministic`` of data alone.
 
     Examples
     --------
@@ -118,8 +118,9 @@ def load(
         The model that was fitted, built anew; taken from the context otherwise.
     strict : bool, default True
         Raise an error if the model's distributions, data or densities differ from the fitted
-        model's; False only warns. Other variables, shapes or transforms are always an error. A
-        group's context that is a variable of the model is taken from the model, so it may be of new data.
+        model's; False only warns. Other variables, shapes or transforms are always an error. If a
+        group's context is a variable of the model, it is read from this model, and may have new
+        data.
 
     Returns
     -------
@@ -131,7 +132,8 @@ def load(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, not one of ours, or of a later version; or if the model differs, and how.
+        If the file is damaged, not one of :func:`save`, or of a later version; or if the model
+        differs from the fitted one.
 
     Examples
     --------
@@ -173,7 +175,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             f"{path} is damaged, or no netCDF file of pymc_flows.save: {error}"
         ) from None
     if attrs.get("format") != FORMAT:
-        raise ValueError(f"{path} must be a file of pymc_flows.save, and is some other netCDF file")
+        raise ValueError(f"{path} must be a file of pymc_flows.save, got another netCDF file")
     if int(attrs["format_version"]) > FORMAT_VERSION:
         raise ValueError(
             f"{path} must be of format {FORMAT_VERSION} at most, got {attrs['format_version']}: "

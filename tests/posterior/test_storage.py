@@ -214,7 +214,7 @@ def test_damaged_truncated_and_foreign_files_are_told(kept, tmp_path):
         load(kept, model())
     foreign = tmp_path / "foreign.nc"
     xr.Dataset({"x": ("n", [1.0])}).to_netcdf(foreign, engine="scipy")
-    with pytest.raises(ValueError, match="some other netCDF file"):
+    with pytest.raises(ValueError, match="got another netCDF file"):
         load(foreign, model())
     with pytest.raises(FileNotFoundError, match="no file"):
         load(tmp_path / "none.nc", model())
