@@ -228,7 +228,7 @@ def trend(losses: np.ndarray, window: int = TREND_WINDOW) -> str:
     """Mean loss of the last steps, with an arrow if it changes by more than its noise.
 
     >>> trend(np.linspace(10.0, 2.0, 400))
-    'Loss = 4 ↓'
+    'Loss = 3.995 ↓'
     """
     recent = losses[-2 * window :]
     recent = recent[np.isfinite(recent)]
