@@ -25,7 +25,7 @@ from pymc_flows.fit import ladder
 from pymc_flows.fit.ladder import Ladder
 from pymc_flows.fit.objective import GRADIENTS
 
-# a fit that is not given time enough says so; weighing what it reached goes in batches of a step's draws
+# a short fit warns; its draws are weighed in batches of a step's draws
 TINY = {"method": "scale-loc", "progressbar": False, "obj_n_mc": 64, "initialize": False}
 
 
@@ -429,7 +429,14 @@ def conjugate():
     return model, mean, sd, log_evidence
 
 
-@pytest.mark.parametrize("backend", ["jax", pytest.param("c", marks=pytest.mark.slow), pytest.param("numba", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "jax",
+        pytest.param("c", marks=pytest.mark.slow),
+        pytest.param("numba", marks=pytest.mark.slow),
+    ],
+)
 def test_a_conjugate_posterior_is_found_on_every_backend(backend):
     model, mean, sd, log_evidence = conjugate()
     compiler = shutil.which("g++") if backend == "c" else ""
@@ -447,7 +454,10 @@ def test_a_conjugate_posterior_is_found_on_every_backend(backend):
     assert_allclose(approx.hist[-200:].mean(), -log_evidence, atol=0.05)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("c", marks=pytest.mark.slow), pytest.param("numba", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("c", marks=pytest.mark.slow), pytest.param("numba", marks=pytest.mark.slow)],
+)
 def test_a_flow_in_numpy_steps_as_a_compiled_one_does(backend, monkeypatch):
     model, *_ = conjugate()
     compiler = shutil.which("g++") if backend == "c" else ""

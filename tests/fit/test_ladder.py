@@ -215,7 +215,7 @@ def test_components_are_put_where_the_flow_makes_given_gaussians_of_them(flow, p
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [1.5, 4.0])
 def test_one_dimension_has_room_for_two_modes(apart):
-    """Touching ones, which a spline bends a normal into, and ones that no climb from between finds both of."""
+    """Modes that touch, which a spline covers, and modes too far apart for one search to find."""
     with pm.Model():
         pm.NormalMixture("x", [0.3, 0.7], [-apart, apart], sigma=0.7)
         approx = pm.fit(method="flow", random_seed=1, progressbar=False)
@@ -359,7 +359,14 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
 
         with pm.Model():
             pm.Normal("x", shape=2)
-            pm.fit(1, method="loc", obj_n_mc=64, initialize=False, callbacks=[look], progressbar=False)
+            pm.fit(
+                1,
+                method="loc",
+                obj_n_mc=64,
+                initialize=False,
+                callbacks=[look],
+                progressbar=False,
+            )
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"1"}
@@ -367,7 +374,7 @@ def test_linear_algebra_of_small_matrices_runs_on_one_thread():
 
 @pytest.fixture
 def looking(normal, monkeypatch, python):
-    """A ladder, and a function that lets it look where all draws have given weights; which says how many were."""
+    """A ladder, and a function that tests given weights and returns how many were weighed."""
     with normal:
         inference = NFVI("loc")
         inference.fit(2, obj_n_mc=64, initialize=False, progressbar=False)

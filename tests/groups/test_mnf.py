@@ -1,4 +1,4 @@
-"""Multiplicative normalizing flows: the paper's equations, the bound, groups of matrices, and fits."""
+"""Multiplicative normalizing flows: the paper's equations, the bound, groups, and fits."""
 
 import hashlib
 
@@ -143,7 +143,7 @@ def covariance(w):
 @pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("correlated", [False, True])
 def test_density_terms_are_louizos_and_wellings(shape, scale, n_statistics, rowwise, correlated):
-    """The paper's r has one statistic of W, several add up; rowwise, it sees z less what rows tell."""
+    """The paper's r has one statistic of W; several are added; rowwise, r standardizes z."""
     options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise, "correlated": correlated}
     check_density_terms(mnf(shape, **options, dropout=0.3), scale)
 
@@ -568,7 +568,7 @@ def test_means_start_where_told(python):
 
 
 def test_weights_with_a_multiplier_each_start_around_the_start(python):
-    """As independent normals of unit variance, and a little noise, of which log_q is nearly the density."""
+    """Weights start as independent normals with a little noise; log_q is nearly their density."""
     start = {"first": np.arange(12.0).reshape(3, 4), "last": np.full((4, 1), -50.0)}
     model = network()
     with model:
@@ -617,7 +617,7 @@ def test_a_single_weight_and_many(n, layers):
 
 
 def test_a_multiplier_each_follows_what_matrices_have_to_do_with_each_other(python):
-    """Only the sum of two is seen: what fits them apart, as multipliers of rows do, can't say so."""
+    """The data see the sum of two weights, which multipliers of rows fit separately."""
     rng = np.random.default_rng(2)
     y = X @ rng.normal(size=(3, 2)) + 0.5 * rng.normal(size=(12, 2))
     with pm.Model() as model:

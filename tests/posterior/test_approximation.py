@@ -110,7 +110,10 @@ def test_weights_may_be_the_users(normal, python):
     weights = pytensor.shared(np.array([0.5, -1.0]))
     with normal:
         group = FlowGroup([normal["a"]], "loc", {"weights": weights})
-        by_spec = pm.Group([normal["a"]], params={"weights": np.zeros(FlowGroup([normal["a"]]).bijection.n_weights)})  # fmt: skip
+        by_spec = pm.Group(
+            [normal["a"]],
+            params={"weights": np.zeros(FlowGroup([normal["a"]]).bijection.n_weights)},
+        )
     assert type(by_spec) is FlowGroup
     assert group.shared_params is None
     x, log_q = group.draws_and_log_q(pt.zeros((1, 2)))
@@ -468,7 +471,10 @@ def amortised(data):
 
 def amortised_group(built, flow="iaf", **options):
     with built:
-        return FlowApproximation([pm.Group([built["z"]], vfam=flow, context=built["seen"][:, None], **options)], random_seed=1)  # fmt: skip
+        return FlowApproximation(
+            [pm.Group([built["z"]], vfam=flow, context=built["seen"][:, None], **options)],
+            random_seed=1,
+        )
 
 
 @pytest.mark.parametrize("flow", ["iaf", "realnvp", "planar"])
@@ -487,7 +493,11 @@ def test_rows_of_an_amortised_group_share_weights_and_see_their_own_context(flow
 def test_new_rows_have_their_posterior_without_a_further_fit():
     rng = np.random.default_rng(0)
     built = amortised(rng.normal(size=20) * 1.1)
-    approx = NFVI([pm.Group([built["z"]], vfam="iaf", context=built["seen"][:, None], model=built)], model=built, random_seed=1).fit(1500, progressbar=False)  # fmt: skip
+    approx = NFVI(
+        [pm.Group([built["z"]], vfam="iaf", context=built["seen"][:, None], model=built)],
+        model=built,
+        random_seed=1,
+    ).fit(1500, progressbar=False)
     new = np.linspace(-1.5, 1.5, 20)
     pm.set_data({"seen": new}, model=built)
     drawn = approx.sample(4000, random_seed=1).posterior["z"].values[0]
@@ -499,7 +509,9 @@ def minibatched(batch, total_size):
     with pm.Model():
         z = pm.Normal("z", shape=20)
         pm.Normal("y", z, 0.5, observed=batch, total_size=total_size)
-        return FlowApproximation([pm.Group([z], vfam="iaf", context=batch[:, None], n_layers=1)], random_seed=1)  # fmt: skip
+        return FlowApproximation(
+            [pm.Group([z], vfam="iaf", context=batch[:, None], n_layers=1)], random_seed=1
+        )
 
 
 def test_minibatches_amortise_and_their_weights_serve_other_data():
@@ -525,13 +537,15 @@ def test_a_minibatch_that_is_scaled_up_has_no_amortised_latents():
 
 
 def encoded(trained):
-    """Slope in y of the mean of its z, where a hundredth of y is all that the flow sees at first."""
+    """Slope in y of the mean of its z; at first the flow sees only a hundredth of y."""
     data = np.random.default_rng(0).normal(size=20) * 1.1
     built, weight = amortised(data), pytensor.shared(0.01, name="weight")
     with built:
         group = pm.Group([built["z"]], vfam="scale-loc", context=weight * built["seen"][:, None])
         more = {"more_obj_params": [weight]} if trained else {}
-        approx = NFVI([group], random_seed=1).fit(150, initialize=False, patience=0, progressbar=False, **more)  # fmt: skip
+        approx = NFVI([group], random_seed=1).fit(
+            150, initialize=False, patience=0, progressbar=False, **more
+        )
     means = approx.sample(2000, random_seed=1).posterior["z"].values[0].mean(axis=0)
     return np.polyfit(data, means, 1)[0]
 
