@@ -1,8 +1,8 @@
 """Published posteriors as PyMC models, with their data and reference draws.
 
-``REGISTRY`` has an :class:`Entry` for each posterior. Names that start with ``ig-`` are of Inference
-Gym, those that start with ``sbi-`` of sbibm, all others of posteriordb. README.md beside this file
-says where the references come from, and how to add a posterior.
+``REGISTRY`` has an :class:`Entry` for each posterior. Names that start with ``ig-`` are of
+Inference Gym, those that start with ``sbi-`` of sbibm, all others of posteriordb. README.md beside
+this file says where the references come from, and how to add a posterior.
 """
 
 from __future__ import annotations
@@ -234,13 +234,13 @@ def build(name: str) -> pm.Model:
 def load_reference(name: str) -> dict[str, np.ndarray]:
     """Reference arrays of a posterior by variable, each (draws, *shape).
 
-    Tier "moments" has published ``<variable>__mean``, ``<variable>__sd`` and ``<variable>__mcse`` of
-    shape ``shape``. Where long NUTS draws matched these, ``<variable>`` holds them.
+    Tier "moments" has published ``<variable>__mean``, ``<variable>__sd`` and ``<variable>__mcse``
+    of shape ``shape``. Where long NUTS draws matched these, ``<variable>`` holds them.
     """
     with np.load(HERE / "reference" / entry(name).reference) as arrays:
         return {key: arrays[key] for key in arrays.files}
 
 
 def load_verified() -> dict[str, dict[str, Any]]:
-    """The cost of NUTS on each posterior, by nutpie with 4 chains, as measured for verified.json."""
+    """The cost of NUTS on each posterior, by nutpie with 4 chains, from verified.json."""
     return json.loads((HERE / "verified.json").read_text())
