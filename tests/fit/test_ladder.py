@@ -20,7 +20,6 @@ from scipy import stats
 from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.bijections import Mixture
 from pymc_flows.bijections.factors import LowRankFactor
-from pymc_flows.families.affine import affine_map
 from pymc_flows.fit import ladder
 from pymc_flows.fit.ladder import MORE_LAYERS
 from pymc_flows.fit.training import Schedule
@@ -102,35 +101,6 @@ def test_only_a_loop_that_one_call_of_jax_runs_is_not_compiled_again(backend, n_
     assert climbing._splits(target, n_draws) == splits
 
 
-@pytest.mark.parametrize("dim", [1, 2, 5])
-def test_a_flow_that_grows_has_the_same_density(dim, python):
-    approx = perturbed(independent(dim))
-    (group,) = approx.groups
-    before, n_layers = densities(approx, dim), len(group.layers.layers)
-    group.grow(MORE_LAYERS)
-    assert len(group.layers.layers) == n_layers + MORE_LAYERS
-    assert_allclose(densities(approx, dim), before, rtol=1e-10)
-
-
-def test_only_what_was_left_to_the_fit_grows():
-    for options, may_grow in (({}, True), ({"n_layers": 2}, False)):
-        with independent(2):
-            assert NormalizingFlow("flow", **options).groups[0].may_grow is may_grow
-            assert not NormalizingFlow("realnvp", **options).groups[0].may_grow
-
-
-def test_a_snapshot_brings_back_what_a_flow_was(python):
-    approx = perturbed(independent(3))
-    (group,) = approx.groups
-    before, weights = densities(approx, 3), group.shared_params["weights"]
-    bring_back = group.snapshot()
-    group.restart(np.ones(3), np.full(3, 2.0), affine_map(3))
-    assert not np.isclose(densities(approx, 3), before).any()
-    bring_back()
-    assert_allclose(densities(approx, 3), before)
-    assert group.shared_params["weights"] is weights
-
-
 def test_a_fit_ends_where_its_weights_are_even(python):
     with known():
         approx = NFVI("realnvp", **SMALL).fit(2000, obj_n_mc=32, progressbar=False)
@@ -191,25 +161,6 @@ def test_modes_that_nothing_joins_are_covered_by_a_base_that_is_a_mixture():
     log_weights = (draws.sample_stats["log_p"] - draws.sample_stats["log_q"]).values
     # two Gaussians of sd 1/2, whose heights add up to 1
     assert abs(log_weights.mean() - np.log(0.5 * (2 * np.pi) ** 0.5)) < 0.05
-
-
-@pytest.mark.parametrize("flow", ["realnvp", "planar", "householder", "flow"])
-def test_components_are_put_where_the_flow_makes_given_gaussians_of_them(flow, python):
-    """Whatever the order in which a flow's first layers hand the elements on."""
-    with pm.Model():
-        pm.Normal("x", shape=3)
-        approx = NFVI(flow, base="mixture", n_components=2, n_layers=3, random_seed=1).approx
-    (group,) = approx.groups
-    rng = np.random.default_rng(0)
-    factor = np.tril(rng.normal(size=(3, 3)), k=-1) + np.diag([0.5, 1.0, 2.0])
-    group.restart(rng.normal(size=3), factor)
-    given = [(rng.normal(size=3) + 4 * sign, factor.T @ factor) for sign in (-1, 1)]
-    given = [(loc, np.linalg.cholesky(covariance)) for loc, covariance in given]
-    group.put_components(given)
-    noise = rng.normal(size=(20_000, 4))
-    x, log_q = pytensor.function([], group.draws_and_log_q(pt.constant(noise)), mode=python)()
-    density = [stats.multivariate_normal(loc, root @ root.T).pdf(x) for loc, root in given]
-    assert_allclose(log_q, np.log(np.mean(density, axis=0)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -647,16 +598,3 @@ def test_beyond_a_thousand_dimensions_what_all_share_is_seen():
     exact = stats.multivariate_normal(0, 5.0).logpdf(y - mean).sum()
     exact += stats.norm(0, 10).logpdf(mean) + 0.5 * np.log(2 * np.pi / precision)
     assert exact - 0.5 < approx.fit_stats["elbo"] < exact + 0.1
-
-
-def test_a_snapshot_brings_back_a_low_rank_too(python):
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
-    factor = LowRankFactor(np.arange(1.0, 9.0), vectors, 3 * vectors)
-    approx = perturbed(independent(8))
-    (group,) = approx.groups
-    group.place(np.arange(8.0), factor)
-    before, bring_back = densities(approx, 8), group.snapshot()
-    group.place(np.zeros(8), np.ones(8))
-    assert not np.allclose(densities(approx, 8), before)
-    bring_back()
-    assert_allclose(densities(approx, 8), before, rtol=1e-10)

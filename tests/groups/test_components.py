@@ -1,9 +1,14 @@
 """Components of a mixture base: a chain maps each to the Gaussian that it was made for."""
 
 import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from scipy import stats
 
+from pymc_flows import NFVI
 from pymc_flows.bijections import Chain, Loc, Mixture, Scale, Whitening
 from pymc_flows.bijections.evaluate import initial_weights
 from pymc_flows.groups.components import mixture_weights
@@ -40,3 +45,22 @@ def test_components_beyond_the_gaussians_share_them_apart(chain):
     assert_allclose(two, again)
     _, one = components(2, chain, [GAUSSIANS[0], GAUSSIANS[0]])
     assert not np.allclose(two, one)
+
+
+@pytest.mark.parametrize("flow", ["realnvp", "planar", "householder", "flow"])
+def test_a_flow_maps_its_components_to_the_given_gaussians(flow, python):
+    """In whatever order the first layers of the flow pass the elements on."""
+    with pm.Model():
+        pm.Normal("x", shape=3)
+        approx = NFVI(flow, base="mixture", n_components=2, n_layers=3, random_seed=1).approx
+    (group,) = approx.groups
+    rng = np.random.default_rng(0)
+    factor = np.tril(rng.normal(size=(3, 3)), k=-1) + np.diag([0.5, 1.0, 2.0])
+    group.restart(rng.normal(size=3), factor)
+    given = [(rng.normal(size=3) + 4 * sign, factor.T @ factor) for sign in (-1, 1)]
+    given = [(loc, np.linalg.cholesky(covariance)) for loc, covariance in given]
+    group.put_components(given)
+    noise = rng.normal(size=(20_000, 4))
+    x, log_q = pytensor.function([], group.draws_and_log_q(pt.constant(noise)), mode=python)()
+    density = [stats.multivariate_normal(loc, root @ root.T).pdf(x) for loc, root in given]
+    assert_allclose(log_q, np.log(np.mean(density, axis=0)), rtol=1e-6, atol=1e-6)

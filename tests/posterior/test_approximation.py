@@ -10,11 +10,10 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from pymc.model.transform.basic import remove_minibatched_nodes
 from pymc.variational.approximations import Empirical, FullRankGroup, MeanFieldGroup
-from pymc.variational.opvi import GroupError, NotImplementedInference, ParametrizationError
+from pymc.variational.opvi import GroupError, NotImplementedInference
 from scipy import stats
 
-from pymc_flows import NFVI, FlowApproximation, FlowGroup, NormalizingFlow, UnknownFlowError
-from pymc_flows.bijections import Chain, Loc, Scale
+from pymc_flows import NFVI, FlowApproximation, NormalizingFlow
 
 VFAMS = ["planar", "realnvp", "scale-hh*2-loc"]
 
@@ -27,57 +26,10 @@ def perturb(approx, scale=0.3):
     return approx
 
 
-@pytest.mark.parametrize(
-    "vfam", ["planar", "RealNVP", "flow", "NFVI", "nfvi=radial", "scale-Planar*2", "hh"]
-)
-def test_a_group_of_any_flow_is_ours(normal, vfam):
-    with normal:
-        group = pm.Group([normal["a"]], vfam=vfam)
-    assert type(group) is FlowGroup
-    assert group.ddim == 2
-    assert not hasattr(group, "_kwargs")
-
-
-def test_a_group_takes_a_bijection_and_options(normal):
-    flow = Chain([Scale(2), Loc(2)])
-    with normal:
-        ready = pm.Group([normal["a"]], vfam=flow)
-        recipe = pm.Group([normal["a"]], vfam="nice", n_layers=3, hidden=(4,))
-        options = pm.Group([normal["a"]], vfam="nice", options={"n_layers": 3, "hidden": (4,)})
-    assert type(ready) is FlowGroup
-    assert ready.bijection.layers[0] is flow
-    assert len(recipe.bijection.layers[0].layers) == 4
-    assert recipe.bijection.layers[0] == options.bijection.layers[0]
-
-
-@pytest.mark.parametrize(
-    ("vfam", "options", "error", "message"),
-    [
-        ("planer", {}, KeyError, "unknown vfam 'planer'; did you mean planar?"),
-        ("mean_feild", {}, KeyError, "did you mean mean_field?"),
-        ("planar", {"n_layerz": 7}, UnknownFlowError, "n_layerz .*; did you mean n_layers?"),
-        ("scale-plnar*3", {}, UnknownFlowError, r"\n        \^{7}\n"),
-        ("planar", {"n_layers": 0}, ValueError, "n_layers must be .* at least 1, got 0"),
-    ],
-)
-def test_what_a_group_cannot_be_names_the_nearest(normal, vfam, options, error, message):
-    with normal, pytest.raises(error, match=message):
-        pm.Group([normal["a"]], vfam=vfam, **options)
-
-
 def test_pymcs_own_groups_stay(normal):
     with normal:
         assert type(pm.Group([normal["a"]], vfam="mean_field")) is MeanFieldGroup
         assert type(pm.Group([normal["a"]], vfam="full_rank")) is FullRankGroup
-
-
-def test_none_takes_the_rest(normal):
-    with normal:
-        first, rest = pm.Group([normal["b"]], vfam="planar"), pm.Group(None, vfam="realnvp")
-        approx = FlowApproximation([first, rest])
-    assert list(first.ordering) == ["b_log__"]
-    assert list(rest.ordering) == ["a"]
-    assert approx.ddim == 3
 
 
 def test_groups_must_have_all_variables_once(normal):
@@ -90,54 +42,6 @@ def test_groups_must_have_all_variables_once(normal):
         particles = Empirical(size=3).groups
         with pytest.raises(GroupError, match="must have a density, got"):
             FlowApproximation(particles)
-
-
-def test_discrete_variables_are_refused():
-    with pm.Model():
-        pm.Poisson("n", 3.0)
-        with pytest.raises(ParametrizationError, match=r"Discrete variables .* n"):
-            NormalizingFlow("planar")
-
-
-def test_a_group_without_elements_is_refused():
-    with pm.Model():
-        empty = pm.Normal("empty", shape=0)
-        with pytest.raises(GroupError, match="must have elements, got none"):
-            pm.Group([empty], vfam="flow")
-
-
-def test_weights_may_be_the_users(normal, python):
-    weights = pytensor.shared(np.array([0.5, -1.0]))
-    with normal:
-        group = FlowGroup([normal["a"]], "loc", {"weights": weights})
-        by_spec = pm.Group(
-            [normal["a"]],
-            params={"weights": np.zeros(FlowGroup([normal["a"]]).bijection.n_weights)},
-        )
-    assert type(by_spec) is FlowGroup
-    assert group.shared_params is None
-    x, log_q = group.draws_and_log_q(pt.zeros((1, 2)))
-    assert_allclose(x.eval(mode=python), [[0.5, -1.0]])
-    weights.set_value(np.array([2.0, 3.0]))
-    assert_allclose(x.eval(mode=python), [[2.0, 3.0]])
-    assert_allclose(log_q.eval(mode=python), [-np.log(2 * np.pi)])
-
-
-def test_wrong_user_weights_are_errors(normal, python):
-    with normal:
-        with pytest.raises(ParametrizationError, match="weightz"):
-            FlowGroup([normal["a"]], "loc", {"weightz": np.zeros(2)})
-        with pytest.raises(TypeError, match="dict"):
-            FlowGroup([normal["a"]], "loc", [np.zeros(2)])
-        with pytest.raises(ValueError, match=r"(?i)reshape|shape|size"):
-            FlowGroup([normal["a"]], "loc", {"weights": np.zeros(3)}).params_dict["weights"].eval(
-                mode=python
-            )
-
-
-def test_an_unknown_start_names_the_nearest(normal):
-    with normal, pytest.raises(UnknownFlowError, match="'bb' in start; did you mean b"):
-        NormalizingFlow("loc", start={"bb": 1.0})
 
 
 def test_points_of_the_prior_come_in_the_groups_order_and_unconstrained():
@@ -160,24 +64,6 @@ def test_a_flat_prior_has_no_points():
         pm.Flat("y")
         approx = NormalizingFlow("planar")
     assert approx.prior_points(3, np.random.default_rng(1)) is None
-
-
-def test_a_start_that_is_not_finite_names_the_variable(normal):
-    with normal, pytest.raises(ParametrizationError, match=r"start of \['a'\] must be finite"):
-        NormalizingFlow("loc", start={"a": [np.inf, 0.0]})
-
-
-@pytest.mark.parametrize("vfam", VFAMS)
-@pytest.mark.parametrize("size", [1, 2])
-def test_pymcs_own_sizing_works(normal, vfam, size, python):
-    with normal:
-        group = pm.Group([normal["a"], normal["b"]], vfam=vfam)
-        nodes = [group.symbolic_random, group.symbolic_logq, group.logq]
-        random, log_q, mean = group.set_size_and_deterministic(nodes, size, False)
-    random, log_q, mean = (v.eval(mode=python) for v in (random, log_q, mean))
-    assert random.shape == (size, 3)
-    assert log_q.shape == (size,)
-    assert mean.shape == ()
 
 
 @pytest.mark.parametrize("vfams", [("planar",), ("scale-loc", "mean_field")])
@@ -458,112 +344,3 @@ def test_float32_all_through(normal, python):
     assert_allclose(
         density, result.sample_stats["log_q"] - np.log(result.posterior["b"]), rtol=1e-3
     )
-
-
-def amortised(data):
-    """Noisy values z, each seen once: their posterior is N(0.8 y, 0.2)."""
-    with pm.Model() as built:
-        seen = pm.Data("seen", data)
-        z = pm.Normal("z", shape=len(data))
-        pm.Normal("y", z, 0.5, observed=seen)
-    return built
-
-
-def amortised_group(built, flow="iaf", **options):
-    with built:
-        return FlowApproximation(
-            [pm.Group([built["z"]], vfam=flow, context=built["seen"][:, None], **options)],
-            random_seed=1,
-        )
-
-
-@pytest.mark.parametrize("flow", ["iaf", "realnvp", "planar"])
-def test_rows_of_an_amortised_group_share_weights_and_see_their_own_context(flow, python):
-    approx = amortised_group(amortised(np.array([-1.0, 0.3, 0.3, 2.0])), flow, n_layers=1)
-    (weights,) = approx.params
-    weights.set_value(np.random.default_rng(0).normal(size=weights.get_value().shape))
-    noise, x, log_q = approx.draws_and_log_q(3)
-    function = pytensor.function(noise, [x, log_q], mode=python)
-    same = np.repeat(np.random.default_rng(1).normal(size=(3, 1)), 4, axis=1)
-    x, _ = function(same)
-    assert_allclose(x[:, 1], x[:, 2])
-    assert (np.abs(x[:, 0] - x[:, 1]) > 1e-6).all()
-
-
-def test_new_rows_have_their_posterior_without_a_further_fit():
-    rng = np.random.default_rng(0)
-    built = amortised(rng.normal(size=20) * 1.1)
-    approx = NFVI(
-        [pm.Group([built["z"]], vfam="iaf", context=built["seen"][:, None], model=built)],
-        model=built,
-        random_seed=1,
-    ).fit(1500, progressbar=False)
-    new = np.linspace(-1.5, 1.5, 20)
-    pm.set_data({"seen": new}, model=built)
-    drawn = approx.sample(4000, random_seed=1).posterior["z"].values[0]
-    assert_allclose(drawn.mean(axis=0), 0.8 * new, atol=0.1)
-    assert_allclose(drawn.std(axis=0), 0.2**0.5, rtol=0.1)
-
-
-def minibatched(batch, total_size):
-    with pm.Model():
-        z = pm.Normal("z", shape=20)
-        pm.Normal("y", z, 0.5, observed=batch, total_size=total_size)
-        return FlowApproximation(
-            [pm.Group([z], vfam="iaf", context=batch[:, None], n_layers=1)], random_seed=1
-        )
-
-
-def test_minibatches_amortise_and_their_weights_serve_other_data():
-    batch = pm.Minibatch(np.random.default_rng(0).normal(size=200) * 1.1, batch_size=20)
-    approx = minibatched(batch, total_size=20)
-    NFVI(approx).fit(800, learning_rate=5e-3, progressbar=False)
-    assert "ess" not in approx.fit_stats  # weights of draws of different batches would mean nothing
-    with pytest.raises(ValueError, match=r"context of .* must be fixed data outside a fit"):
-        approx.sample(10)
-    with pytest.raises(ValueError, match=r"context of .* must be fixed data outside a fit"):
-        approx.log_density({"z": np.zeros((3, 20))})
-    new = np.linspace(-1.5, 1.5, 20)
-    whole = amortised_group(amortised(new), n_layers=1)
-    whole.params[0].set_value(approx.params[0].get_value())
-    drawn = whole.sample(4000, random_seed=1).posterior["z"].values[0]
-    assert_allclose(drawn.mean(axis=0), 0.8 * new, atol=0.15)
-    assert_allclose(drawn.std(axis=0), 0.2**0.5, rtol=0.15)
-
-
-def test_a_minibatch_that_is_scaled_up_has_no_amortised_latents():
-    with pytest.raises(ValueError, match=r"total_size of y must be the batch's.*got 10 times"):
-        minibatched(pm.Minibatch(np.zeros(200), batch_size=20), total_size=200)
-
-
-def encoded(trained):
-    """Slope in y of the mean of its z; at first the flow sees only a hundredth of y."""
-    data = np.random.default_rng(0).normal(size=20) * 1.1
-    built, weight = amortised(data), pytensor.shared(0.01, name="weight")
-    with built:
-        group = pm.Group([built["z"]], vfam="scale-loc", context=weight * built["seen"][:, None])
-        more = {"more_obj_params": [weight]} if trained else {}
-        approx = NFVI([group], random_seed=1).fit(
-            150, initialize=False, patience=0, progressbar=False, **more
-        )
-    means = approx.sample(2000, random_seed=1).posterior["z"].values[0].mean(axis=0)
-    return np.polyfit(data, means, 1)[0]
-
-
-def test_an_encoder_of_shared_variables_is_trained_too():
-    """Trained, it makes up for what it begins with; untrained, so few steps of the flow do not."""
-    assert encoded(trained=False) < 0.4
-    assert_allclose(encoded(trained=True), 0.8, atol=0.08)
-
-
-@pytest.mark.parametrize(
-    ("context", "options", "message"),
-    [
-        (np.zeros((3, 1)), {}, "a row for each of z's, whose shape is .2,., got 3 rows"),
-        (np.zeros((2, 1)), {"base": "student_t"}, "with a context, base must be 'normal'"),
-    ],
-)
-def test_a_context_that_does_not_fit_is_an_error(context, options, message):
-    built = amortised(np.zeros(2))
-    with built, pytest.raises(ValueError, match=message):
-        pm.Group([built["z"]], vfam="iaf", context=context, **options)

@@ -5,13 +5,11 @@ import json
 
 import numpy as np
 import pymc as pm
-import pytensor
 import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
 
 from pymc_flows import NFVI, FlowApproximation, NormalizingFlow, bijections, load, save
-from pymc_flows.bijections.factors import LowRankFactor
 from pymc_flows.posterior.record import FitStats
 
 
@@ -64,48 +62,6 @@ def test_draws_come_back_to_the_last_bit(flow, options, tmp_path, python):
     assert_same_draws(approx, again)
     assert_array_equal(again.hist, approx.hist)
     assert again.fit_stats == approx.fit_stats
-
-
-def test_the_order_of_an_array_in_memory_moves_no_bit(tmp_path, python):
-    """Sums over rows are rounded otherwise where the rows lie apart in memory."""
-    with pm.Model() as wide:
-        pm.Normal("x", shape=20)
-        approx = NormalizingFlow("flow", n_layers=1, random_seed=1)
-    rng = np.random.default_rng(1)
-    factor = np.tril(rng.normal(size=(20, 20)))
-    np.fill_diagonal(factor, 1 + rng.random(20))
-    approx.groups[0].restart(rng.normal(size=20), np.asfortranarray(factor))
-    save(approx, tmp_path / "fit.nc")
-    assert_same_draws(approx, load(tmp_path / "fit.nc", wide))
-
-
-def test_a_flow_that_was_placed_and_grew_comes_back(tmp_path, python):
-    approx = perturbed("flow", model(centred=True), n_layers=1)
-    (group,) = approx.groups
-    group.noncentering = dataclasses.replace(group.noncentering, start=-6.0)
-    group.restart(np.array([1.0, 2.0, 3.0]), np.array([[1.0, 0, 0], [2, 1, 0], [0, 3, 1]]))
-    group.grow(2)
-    group.fitted = True
-    save(approx, tmp_path / "fit.nc")
-    again = load(tmp_path / "fit.nc", model(centred=True))
-    assert again.groups[0].fitted
-    assert again.groups[0].noncentering.start == -6
-    assert_same_draws(approx, again)
-
-
-def test_a_start_of_low_rank_comes_back_before_tails_and_after_layers(tmp_path, python):
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
-    factor = LowRankFactor(np.arange(1.0, 9.0), vectors, 3 * vectors)
-    for flow in ("flow", "scale-loc"):
-        with pm.Model() as built:
-            pm.Normal("x", shape=8)
-        approx = perturbed(flow, built)
-        (group,) = approx.groups
-        group.place(np.arange(8.0), factor)
-        save(approx, tmp_path / "fit.nc")
-        again = load(tmp_path / "fit.nc", built)
-        assert_array_equal(again.groups[0].factor.to_array(), factor.to_array())
-        assert_same_draws(approx, again)
 
 
 def test_groups_of_several_kinds_come_back(tmp_path, python):
@@ -260,61 +216,3 @@ def test_no_pickle_and_versions_are_in_the_file(kept):
         record = json.loads(dataset.attrs["fit"])
     assert record["versions"]["pymc"] == pm.__version__
     assert record["model"]["free"]["b"]["distribution"] == "HalfNormalRV"
-
-
-def amortised(context, data=(-1.0, 0.3, 2.0)):
-    """A group whose flow sees a context made of the model's data."""
-    with pm.Model() as built:
-        seen = pm.Data("seen", np.array(data))
-        z = pm.Normal("z", shape=3)
-        pm.Deterministic("column", seen[:, None])
-        pm.Normal("y", z, 0.5, observed=seen)
-        group = pm.Group([z], vfam="iaf", n_layers=1, context=context(built))
-    return FlowApproximation([group], model=built, random_seed=1)
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        lambda _: np.array([[-1.0], [0.3], [2.0]]),
-        lambda _: np.array([[-1], [0], [2**40]]),
-        lambda _: np.array([[1], [0], [200]], dtype="uint8"),
-        lambda built: built["column"],
-    ],
-)
-def test_a_group_comes_back_with_its_context(context, tmp_path, python):
-    approx = amortised(context)
-    noise = np.random.default_rng(2).normal(size=approx.params[0].get_value().shape)
-    approx.params[0].set_value(noise)
-    save(approx, tmp_path / "fit.nc")
-    again = load(tmp_path / "fit.nc", amortised(context).model)
-    assert_same_draws(approx, again)
-    # and it is the model's, new data and all, or the file's, which stays
-    for one in (approx, again):
-        pm.set_data({"seen": np.array([1.0, 0.0, 0.5])}, model=one.model)
-    assert_same_draws(approx, again)
-
-
-def test_a_context_that_a_file_could_not_tell_is_an_error(tmp_path):
-    encoder = pytensor.shared(1.0, name="encoder")
-    for context in (
-        lambda built: built["seen"][:, None],
-        lambda built: encoder * built["column"],
-        lambda built: pm.Deterministic("code", encoder * built["column"]),
-        lambda built: pm.Deterministic("noisy", pm.Normal.dist() * built["column"]),
-    ):
-        with pytest.raises(TypeError, match=r"context must be an array, pm\.Data, or a"):
-            save(amortised(context), tmp_path / "fit.nc")
-    assert not list(tmp_path.iterdir())
-    save(amortised(lambda built: built["column"]), tmp_path / "fit.nc")
-    with pm.Model() as other:
-        z = pm.Normal("z", shape=3)
-        pm.Normal("y", z, 0.5, observed=np.array([-1.0, 0.3, 2.0]))
-    with pytest.raises(
-        ValueError, match="the model must have 'column', which is a group's context"
-    ):
-        load(tmp_path / "fit.nc", other)
-    with other:
-        pm.Deterministic("column", pm.math.stack([np.ones(3)] * 2, axis=1))
-    with pytest.raises(ValueError, match="column, a group's context, must have 1 columns, got 2"):
-        load(tmp_path / "fit.nc", other)
