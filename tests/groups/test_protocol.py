@@ -42,7 +42,7 @@ def build_model():
 
 
 def made(name, model=None):
-    """Group of the matrix, as its PyMC group and as the adapted member; with perturbed parameters."""
+    """Group of the matrix with perturbed parameters: as PyMC has it, and as the protocol has it."""
     vfam, options = GROUPS[name]
     model = model or build_model()
     with model:
