@@ -112,7 +112,7 @@ class DeepSigmoidal(Transformer):
     def inverse(self, x: TensorVariable, raw: TensorVariable) -> ValueLogDet:
         """Map x (draws, dim) to z (draws, dim) and log|det dz/dx| (draws,), by bisection.
 
-        The mixture's logit lies between the smallest and the largest input of the units. The units'
+        The mixture's logit is between the smallest and the largest input of the units. The units'
         own solutions for x therefore bracket z. First derivatives are exact.
         """
         slope, shift, _ = self._units(raw)

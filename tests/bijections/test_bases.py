@@ -1,4 +1,4 @@
-"""The distributions that flows start from: densities, draws, gradients, and flows upon them."""
+"""Base distributions: densities, draws, gradients, and flows with these bases."""
 
 import functools
 
@@ -36,7 +36,7 @@ over_scales = pytest.mark.parametrize("scale", [0.1, 1.0])
 
 
 def perturbed(base, scale, draws=32):
-    """Draw noise (draws, noise_dim) and flat weights about ``scale`` away from where they start."""
+    """Draw noise (draws, noise_dim), and flat weights perturbed from their initial values."""
     rng = np.random.default_rng(11)
     start = flatten(base.init(rng))
     return rng.normal(size=(draws, base.noise_dim)), start + scale * rng.normal(size=start.size)
@@ -49,7 +49,7 @@ def named(base, flat):
 
 @functools.cache
 def compiled(base, dtype="float64"):
-    """Two functions: of noise and weights, and of z and weights."""
+    """Compile two functions: of noise and weights, and of z and weights."""
     with pytensor.config.change_flags(floatX=dtype, cxx=""):
         noise = pt.matrix(shape=(None, base.noise_dim))
         z, flat = pt.matrix(shape=(None, base.dim)), pt.vector(shape=(base.n_weights,))
@@ -89,7 +89,7 @@ def log_density_in_scipy(base, z, flat):
 
 @over_scales
 @over_cases
-def test_densities_are_scipys(base, scale):
+def test_densities_agree_with_scipy(base, scale):
     noise, flat = perturbed(base, scale)
     draw, at = compiled(base)
     z, log_density, *_ = draw(noise, flat)
@@ -100,14 +100,14 @@ def test_densities_are_scipys(base, scale):
 
 @over_scales
 @over_cases
-def test_the_score_is_the_densitys_gradient(base, scale):
+def test_the_score_is_the_gradient_of_the_log_density(base, scale):
     noise, flat = perturbed(base, scale)
     _, score, slope, _ = compiled(base)[1](3 * noise[:, : base.dim], flat)
     assert_allclose(score, slope, rtol=1e-9, atol=1e-9)
 
 
 @over_cases
-def test_draws_are_distributed_as_the_density_says(base):
+def test_draws_have_the_marginals_of_the_density(base):
     noise, flat = perturbed(base, 0.5, draws=40_000)
     z = compiled(base)[0](noise, flat)[0]
     weights = named(base, flat)
@@ -136,7 +136,7 @@ def test_draws_are_distributed_as_the_density_says(base):
 def test_extreme_points_stay_finite(base, scale):
     noise, flat = perturbed(base, scale)
     draw, at = compiled(base)
-    # as far as standard normal numbers go, and none at all
+    # the range of standard normal numbers, and zero
     for far in (np.clip(4 * noise, -8, 8), 0 * noise):
         for numbers in draw(far, flat):
             assert np.isfinite(numbers).all()
@@ -162,7 +162,7 @@ def test_float32_stays_float32(base):
 
 
 @pytest.mark.parametrize("df", [1.01, 2.0, 30.0, 1e3, 1e5])
-def test_a_t_of_any_df_is_stable(df):
+def test_student_t_is_stable_at_all_degrees_of_freedom(df):
     base = StudentT(1, start=df)
     draw, at = compiled(base)
     flat = np.array([np.log(df - 1)])
@@ -172,8 +172,8 @@ def test_a_t_of_any_df_is_stable(df):
     assert np.isfinite(at(z, flat)[3]).all()
 
 
-def test_draws_of_a_t_move_with_the_df_along_its_quantiles():
-    """E z² = ν / (ν - 2), so its slope in ν is -2 / (ν - 2)²: by draws that are differentiable."""
+def test_student_t_draws_are_differentiable_in_the_degrees_of_freedom():
+    """E z² = ν / (ν - 2), whose derivative in ν is -2 / (ν - 2)²."""
     df = 9.0
     noise = np.random.default_rng(1).normal(size=(400_000, 2))
     _, _, _, slope = compiled(StudentT(1))[0](noise, np.array([np.log(df - 1)]))
@@ -181,7 +181,7 @@ def test_draws_of_a_t_move_with_the_df_along_its_quantiles():
     assert_allclose(slope[0] / len(noise), expected, rtol=0.05)
 
 
-def test_series_agree_with_scipy_and_with_themselves():
+def test_series_agree_with_scipy_on_both_sides_of_their_switch():
     from scipy.special import gammaln
 
     a = np.array([0.5, 1.0, 3.0, 40.0, 1e3])
@@ -194,7 +194,7 @@ def test_series_agree_with_scipy_and_with_themselves():
     assert_allclose(growth, grown, rtol=1e-12)
 
 
-def test_components_start_where_they_are_put():
+def test_components_have_the_given_means_and_covariances():
     rng = np.random.default_rng(0)
     loc, factor = rng.normal(size=(2, 3)), np.tril(rng.normal(size=(2, 3, 3)))
     factor[:, range(3), range(3)] = 0.5 + rng.random((2, 3))
@@ -222,7 +222,7 @@ def test_components_start_where_they_are_put():
         (lambda: build_base(2, {"n_components": 3}), "an option of base='mixture'"),
     ],
 )
-def test_impossible_bases_are_errors(make, message):
+def test_invalid_bases_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -235,7 +235,7 @@ def test_options_choose_the_base():
     assert build_base(large, {"base": "mixture", "n_components": 2}).full is False
 
 
-# -------------------------------------------------------------------------- flows upon them
+# ------------------------------------------------------------------- flows with these bases
 
 
 def model():
@@ -268,7 +268,7 @@ def test_log_q_of_the_draws_is_their_density(base, python):
 
 
 @over_bases
-def test_pymcs_own_sampling_works_upon_them(base, python):
+def test_pymc_samples_flows_with_these_bases(base, python):
     approx = moved(base, n_layers=1, hidden=(4,))
     (group,) = approx.groups
     for size, shape in ((None, ()), (5, (5,))):
@@ -285,7 +285,7 @@ def test_pymcs_own_sampling_works_upon_them(base, python):
 
 
 @over_bases
-def test_what_is_saved_draws_the_same(base, tmp_path, python):
+def test_a_loaded_fit_has_the_same_draws(base, tmp_path, python):
     approx = moved(base, n_layers=1, hidden=(4,))
     save(approx, tmp_path / "fit.nc")
     again = load(tmp_path / "fit.nc", model())
@@ -312,7 +312,7 @@ def test_neutra_is_the_posterior_in_base_space(base, python):
 
 
 @over_bases
-def test_a_flow_that_grows_keeps_its_base(base, python):
+def test_a_growing_flow_keeps_its_base(base, python):
     approx = moved(base, flow="flow", n_layers=1, hidden=(4,), noncentering=False)
     (group,) = approx.groups
     z = np.random.default_rng(0).normal(size=(4, 3))
@@ -322,13 +322,13 @@ def test_a_flow_that_grows_keeps_its_base(base, python):
         return pytensor.function([], [log_base, log_q], mode=python)()
 
     before = densities(z)
-    group.grow(2)  # couplings of three elements, of which two do not put them back in their places
+    group.grow(2)  # two couplings of three elements do not restore their order
     after = densities(z)
     assert_allclose(after, before)
     assert not np.allclose(before[0], stats.norm.logpdf(z).sum(axis=1))
 
 
-def test_the_warp_is_of_the_base_space(python):
+def test_the_warp_plot_covers_the_base_space(python):
     with pm.Model():
         pm.Normal("x", shape=2)
         approx = NormalizingFlow("scale-loc", base="student_t")
@@ -338,8 +338,8 @@ def test_the_warp_is_of_the_base_space(python):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @over_bases
-def test_gradients_are_right_on_average(base, gradient, python):
-    """Against differences of the loss, over batches with the same noise, in standard errors."""
+def test_gradients_are_unbiased(base, gradient, python):
+    """Compare with finite differences of the loss on the same noise, in standard errors."""
     approx = moved(base, flow="scale-loc")
     objective = build_objective(approx, 64 if gradient == "dreg" else 256, gradient=gradient)
     function = pytensor.function(
@@ -366,8 +366,8 @@ def test_gradients_are_right_on_average(base, gradient, python):
         assert abs(gap.mean()) < 3.5 * gap.std() / len(gap) ** 0.5 + 2e-3
 
 
-def test_the_choice_of_components_has_no_noise_at_the_posterior(python):
-    """Each draw's bound less the others': all alike where q is the posterior."""
+def test_gradients_of_the_logits_are_exact_at_the_posterior(python):
+    """All draws have the same bound if q is the posterior, so the score-function terms cancel."""
     with pm.Model() as two:
         pm.NormalMixture("x", [0.3, 0.7], [-1.0, 2.0], [0.5, 1.5])
     approx = NormalizingFlow("loc", model=two, base="mixture", n_components=2)

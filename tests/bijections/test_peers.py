@@ -1,9 +1,8 @@
-"""Our layers against other libraries', with the same weights: tests/peers/README.md says whose.
+"""Layers against other libraries with the same weights; peers/README.md lists the libraries.
 
-The peers' numbers lie in files that ``peers/make.py`` wrote. Where a peer keeps its weights in
-another layout or behind another constraint, they are translated here, and the whole layer is
-compared: conditioner, transformer, log-det. Peers that run on JAX are compared live, in
-test_bijections.py.
+``peers/make.py`` wrote the files with the peers' numbers. If a peer has another layout or
+constraint of its weights, they are translated here. The whole layer is compared: conditioner,
+transformer and log-determinant. FlowJAX is called directly, in the other tests of this folder.
 """
 
 from pathlib import Path
@@ -35,27 +34,27 @@ from pymc_flows.bijections import (
 )
 
 N_BINS, BOUND = 4, 3.0
-# with Andrade's soft clip out of reach s = (2/π) raw, which weights can undo
+# with bounds this large, Andrade's soft clip is s = (2/π) raw, a factor that the weights can undo
 UNCLIPPED = Affine(growth=1e9, shrinkage=1e9)
 UNDO = np.pi / 2
 
 
 def peer(library, name):
-    """Weights of one of a library's layers, and what it made of ``z``."""
+    """Weights of one of a library's layers, its input ``z`` and its outputs."""
     with np.load(Path(__file__).parent / "peers" / f"{library}.npz") as arrays:
         parts = {key: arrays[key] for key in arrays.files if key.startswith(f"{name}/")}
     return {key.removeprefix(f"{name}/"): array for key, array in parts.items()}
 
 
 def flat(bijection, weights):
-    """One vector of the weights, each checked to have the layer's shape."""
+    """Concatenate the weights; each must have the layer's shape."""
     weights = {name: np.asarray(weights[name]) for name in bijection.weight_shapes}
     assert {name: w.shape for name, w in weights.items()} == bijection.weight_shapes
     return flatten(weights)
 
 
 def evaluate(bijection, direction, given, weights):
-    """What a layer gives: values and log-dets."""
+    """Evaluate a layer: values and log-determinants."""
     x, symbolic = pt.matrix(shape=(None, bijection.dim)), pt.vector(shape=(bijection.n_weights,))
     outputs = getattr(bijection, direction)(x, Params(symbolic, bijection.weight_shapes))
     function = pytensor.function([x, symbolic], outputs, mode=PYTHON, on_unused_input="ignore")
@@ -63,7 +62,7 @@ def evaluate(bijection, direction, given, weights):
 
 
 def compare(bijection, weights, theirs, order=lambda x: x):
-    """Compare both directions with theirs; ``order`` puts their variables in our order."""
+    """Compare outputs, and our inverse with the peer's inputs; ``order`` reorders the peer's."""
     x, log_det = evaluate(bijection, "forward", theirs["z"], weights)
     assert_allclose(x, order(theirs["x"]), rtol=0, atol=1e-8)
     assert_allclose(log_det, theirs["log_det"], rtol=0, atol=1e-8)
@@ -74,12 +73,12 @@ def compare(bijection, weights, theirs, order=lambda x: x):
 
 
 def halves(x):
-    """Theirs leave the two elements that are kept in front; ours come last."""
+    """Move the two kept elements, which peers return first, to the end."""
     return np.hstack([x[:, 2:], x[:, :2]])
 
 
 def mirrored(x):
-    """Ours come out in reverse order."""
+    """Reverse the elements, as our layers do."""
     return x[:, ::-1]
 
 
@@ -95,21 +94,21 @@ def dense(theirs, prefixes, masked=False):
 
 
 def by_parameter(weights, n_params, last):
-    """Turn outputs that lie element by element into ours, parameter by parameter."""
+    """Reorder outputs from element by element to parameter by parameter."""
     w, b = weights[f"w{last}"], weights[f"b{last}"]
     w = w.reshape(len(w), -1, n_params).transpose(0, 2, 1).reshape(len(w), -1)
     return weights | {f"w{last}": w, f"b{last}": b.reshape(-1, n_params).T.ravel()}
 
 
 def scaled(weights, start, factor, last):
-    """Multiply the outputs from one on."""
+    """Multiply the outputs from index ``start`` on by a factor."""
     for name in (f"w{last}", f"b{last}"):
         weights[name][..., start:] *= factor
     return weights
 
 
 def without_offset(weights, n_elements, last):
-    """Take from the slopes what ours adds, so that raw 0 is slope 1; theirs adds nothing."""
+    """Subtract the offset that only our layers add to slopes, so that raw 0 is slope 1."""
     offset = np.log(np.expm1(1 - 1e-3))
     weights[f"b{last}"][2 * N_BINS * n_elements :] -= offset
     return weights
@@ -118,8 +117,8 @@ def without_offset(weights, n_elements, last):
 # ------------------------------------------------------------------------------------- linear
 
 
-def test_lu_is_nflows():
-    """Theirs has no permutation, keeps s positive by a softplus plus 0.001, and adds a bias."""
+def test_lu_agrees_with_nflows():
+    """nflows has no permutation, s is a softplus plus 0.001, and there is a bias."""
     theirs = peer("nflows", "lu")
     factors = np.zeros((5, 5))
     factors[np.tril_indices(5, -1)] = theirs["lower_entries"]
@@ -129,7 +128,7 @@ def test_lu_is_nflows():
     compare(Chain([LU(5), Loc(5)]), weights, theirs)
 
 
-def test_lu_is_the_convolution_of_glow_in_normflows():
+def test_lu_agrees_with_the_convolution_of_glow_in_normflows():
     theirs = peer("normflows", "lu")
     order = tuple(theirs["P"].argmax(axis=1).tolist())
     factors = np.tril(theirs["L"], -1) + np.triu(theirs["U"], 1)
@@ -138,55 +137,55 @@ def test_lu_is_the_convolution_of_glow_in_normflows():
     compare(LU(5, order), weights, theirs)
 
 
-def test_scale_and_loc_are_actnorm_in_normflows():
+def test_scale_and_loc_agree_with_actnorm_in_normflows():
     theirs = peer("normflows", "actnorm")
     weights = {"0.log_scale": theirs["s"][0], "1.loc": theirs["t"][0]}
     compare(Chain([Scale(5), Loc(5)]), weights, theirs)
 
 
-def test_householder_is_pyros():
+def test_householder_agrees_with_pyro():
     theirs = peer("pyro-ppl", "householder")
     weights = {f"{i}.v": v for i, v in enumerate(theirs["u_unnormed"])}
     compare(Chain([Householder(5)] * 3), weights, theirs)
 
 
-# ----------------------------------------------------------------------------- planes, a point
+# ------------------------------------------------------------------ planar, radial, Sylvester
 
 
-def test_planar_is_pyros():
+def test_planar_agrees_with_pyro():
     theirs = peer("pyro-ppl", "planar")
     weights = {"u": theirs["u"], "w": theirs["w"], "b": theirs["bias"][0]}
     compare(Planar(5), weights, theirs)
 
 
-def test_radial_is_pyros():
+def test_radial_agrees_with_pyro():
     theirs = peer("pyro-ppl", "radial")
     raw = {f"raw_{name}": theirs[f"{name}_prime"][0] for name in ("alpha", "beta")}
     compare(Radial(5), {"z0": theirs["x0"], **raw}, theirs)
 
 
 def reversed_all(theirs):
-    """The same map seen in reverse order of the dimensions, at both ends."""
+    """The same map with inputs and outputs in reverse order of the dimensions."""
     return theirs | {name: mirrored(theirs[name]) for name in ("z", "x")}
 
 
 def sylvester(theirs):
-    """Weights in reverse order: theirs multiplies from the right, so R and R̃ are transposed."""
+    """Weights in reverse order: Pyro multiplies from the right, so R and R̃ are transposed."""
     outer, inner = (
         np.triu(theirs[f"{name}_dense"], 1) + np.diag(theirs[f"{name}_diag"]) for name in "RS"
     )
     return {"outer": outer[::-1, ::-1].T, "inner": inner[::-1, ::-1].T, "b": theirs["b"][::-1]}
 
 
-def test_triangular_sylvester_is_pyros():
+def test_triangular_sylvester_agrees_with_pyro():
     theirs = peer("pyro-ppl", "sylvester_triangular")
     compare(Sylvester(5, 5, "triangular"), sylvester(theirs), reversed_all(theirs))
 
 
-def test_householder_sylvester_is_pyros_about_its_own_reflections():
-    """``z + Q (f(Q'z) - Q'z)``, with Pyro's Q and, as f, Pyro's layer with the identity as Q.
+def test_householder_sylvester_agrees_with_pyro_rotated_by_its_reflections():
+    """The reference is ``z + Q (f(Q'z) - Q'z)``, where f is Pyro's layer with Q the identity.
 
-    In reverse order of the dimensions, where R' is upper triangular.
+    The dimensions are reversed, so that R' is upper triangular.
     """
     theirs = peer("pyro-ppl", "sylvester_householder")
     weights = sylvester(theirs) | {"q": theirs["reflections"][:, ::-1].T}
@@ -196,21 +195,21 @@ def test_householder_sylvester_is_pyros_about_its_own_reflections():
 # ----------------------------------------------------------------------------------- couplings
 
 
-def test_additive_coupling_is_nice_in_nflows():
+def test_additive_coupling_agrees_with_nice_in_nflows():
     theirs = peer("nflows", "nice")
     weights = dense(theirs, ["transform_net.net.0", "transform_net.net.2"])
     compare(Coupling(5, Additive(), (8,)), weights, theirs, halves)
 
 
-def test_affine_coupling_is_realnvp_in_normflows():
-    """With our soft clip of log-scales out of reach, for theirs has none."""
+def test_affine_coupling_agrees_with_realnvp_in_normflows():
+    """normflows has no clip of the log-scales, so ours gets very large bounds."""
     theirs = peer("normflows", "realnvp")
     weights = by_parameter(dense(theirs, ["param_map.0", "param_map.2"]), 2, last=1)
     weights = scaled(weights, 3, UNDO, last=1)
     compare(Coupling(5, UNCLIPPED, (8,)), weights, theirs, halves)
 
 
-def test_spline_coupling_is_nflows():
+def test_spline_coupling_agrees_with_nflows():
     theirs = peer("nflows", "spline_coupling")
     weights = dense(theirs, ["transform_net.net.0", "transform_net.net.2"])
     weights = without_offset(by_parameter(weights, 3 * N_BINS - 1, last=1), 3, last=1)
@@ -221,8 +220,8 @@ def test_spline_coupling_is_nflows():
 # ------------------------------------------------------------------------------ autoregressive
 
 
-def test_autoregressive_spline_is_nflows():
-    """Theirs gives hidden units the degrees 1 2 3 4 1 2 3 4, ours 1 1 2 2 3 3 4 4."""
+def test_autoregressive_spline_agrees_with_nflows():
+    """Hidden units have the degrees 1 2 3 4 1 2 3 4 in nflows, and 1 1 2 2 3 3 4 4 in ours."""
     theirs = peer("nflows", "spline_autoregressive")
     prefixes = [f"autoregressive_net.{layer}_layer" for layer in ("initial", "final")]
     weights = dense(theirs, prefixes, masked=True)
@@ -233,14 +232,14 @@ def test_autoregressive_spline_is_nflows():
     compare(layer, weights, theirs, mirrored)
 
 
-def test_inverse_autoregressive_is_iaf_in_pyro():
+def test_inverse_autoregressive_agrees_with_iaf_in_pyro():
     theirs = peer("pyro-ppl", "iaf")
     weights = dense(theirs, ["arn.layers.0", "arn.layers.1"], masked=True)
     weights = scaled(weights, 5, UNDO, last=1)
     compare(InverseAutoregressive(5, UNCLIPPED, (8,)), weights, theirs, mirrored)
 
 
-def test_masked_autoregressive_is_tensorflow_probabilitys_on_pyros_network():
+def test_masked_autoregressive_agrees_with_tensorflow_probability_on_a_network_of_pyro():
     theirs = peer("tensorflow-probability", "maf")
     weights = dense(theirs, ["layers.0", "layers.1"], masked=True)
     weights = scaled(weights, 5, UNDO, last=1)
@@ -248,7 +247,7 @@ def test_masked_autoregressive_is_tensorflow_probabilitys_on_pyros_network():
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows", "pyro-ppl", "tensorflow-probability"])
-def test_files_say_which_version_made_them(library):
+def test_files_name_the_version_that_made_them(library):
     wanted = (Path(__file__).parent / "peers" / "requirements.txt").read_text().splitlines()
     with np.load(Path(__file__).parent / "peers" / f"{library}.npz") as arrays:
         assert f"{library}=={arrays['version']}" in wanted

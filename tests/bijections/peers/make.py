@@ -1,12 +1,12 @@
-"""Write what other libraries' layers make of random weights and draws, for test_peers.py to read.
+"""Write outputs of other libraries' layers at random weights and draws for test_peers.py.
 
-It runs in an environment of its own, for the project needs none of these libraries::
+It runs in a separate environment, because the project needs none of these libraries::
 
-    python3.11 -m venv peers && peers/bin/pip install -r tests/peers/requirements.txt
-    peers/bin/python tests/peers/make.py
+    python3.11 -m venv peers && peers/bin/pip install -r tests/bijections/peers/requirements.txt
+    peers/bin/python tests/bijections/peers/make.py
 
-A case is a layer: its weights under the names that the library gives them, inputs ``z`` (draws,
-dim), outputs ``x`` (draws, dim) and ``log_det`` (draws,). Nothing here repeats a layer's formula.
+A case is a layer: its weights under the library's names, inputs ``z`` (draws, dim), outputs ``x``
+(draws, dim) and ``log_det`` (draws,). Nothing here repeats a layer's formula.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ N_BINS, BOUND = 4, 3.0
 
 
 def randomised(module):
-    """Give every weight of a module its own normal number."""
+    """Set every weight of a module to a random normal number."""
     for weight in module.parameters():
         weight.data.normal_()
     return module
 
 
 def perceptron(n_in, n_out):
-    """Torch's own, with one tanh layer."""
+    """Build a perceptron of PyTorch with one tanh layer."""
     layers = (torch.nn.Linear(n_in, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, n_out))
     return torch.nn.Sequential(*layers)
 
 
 class WithoutContext(torch.nn.Module):
-    """A network that takes nflows' context and leaves it."""
+    """A network that accepts nflows' context and ignores it."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -48,7 +48,7 @@ class WithoutContext(torch.nn.Module):
 
 
 def case(module, z, x, log_det, **more):
-    """Everything that a comparison needs, as arrays."""
+    """Weights, inputs, outputs and log-determinants as arrays."""
     arrays = {name: weight.detach().numpy() for name, weight in module.state_dict().items()}
     outcome = {"z": z, "x": x, "log_det": torch.as_tensor(log_det).expand(len(z)), **more}
     return arrays | {name: torch.as_tensor(a).detach().numpy() for name, a in outcome.items()}
@@ -150,7 +150,7 @@ def pyro_cases():
 
 
 def tfp_cases():
-    """The masked autoregressive bijector of TensorFlow Probability (Apache-2.0), by Pyro's net."""
+    """TensorFlow Probability's masked autoregressive bijector (Apache-2.0), on Pyro's network."""
     import tensorflow_probability.substrates.numpy as tfp
     from pyro.nn import AutoRegressiveNN
 
@@ -178,7 +178,7 @@ LIBRARIES = {
 
 
 def main() -> None:
-    """Write a file a library."""
+    """Write one file per library."""
     torch.set_default_dtype(torch.float64)
     for library in sys.argv[1:] or LIBRARIES:
         torch.manual_seed(5)

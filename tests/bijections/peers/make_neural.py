@@ -1,9 +1,9 @@
 """Reference values of neural flows, computed by libraries that need PyTorch.
 
-They are committed, so that the tests need none of it. In an environment with torch, pyro-ppl,
+They are committed, so that the tests do not need PyTorch. In an environment with torch, pyro-ppl,
 normflows and zuko::
 
-    python tests/peers/make_neural.py
+    python tests/bijections/peers/make_neural.py
 """
 
 import sys
@@ -35,7 +35,7 @@ def save(library, package, cases):
 
 
 def sigmoidal(rng, dim=3, n_units=4):
-    """Pyro's deep sigmoidal flow, its parameters given for each draw."""
+    """Pyro's deep sigmoidal flow, with parameters given for each draw."""
     z = torch.tensor(rng.normal(size=(DRAWS, dim)))
     raw = torch.tensor(rng.normal(size=(3, DRAWS, n_units, dim)))  # slopes, weights, shifts
     peer = NeuralAutoregressive(lambda z: tuple(raw), hidden_units=n_units, activation="sigmoid")
@@ -64,7 +64,7 @@ def block(rng, dim=3, hidden=(4, 2)):
 
 
 def residual(rng, dim=2, width=5):
-    """A residual block of normflows, its Jacobian's determinant by brute force."""
+    """A residual block of normflows; the log-determinant comes from its full Jacobian."""
     swish = normflows.nets.lipschitz.Swish()
     net = torch.nn.Sequential(torch.nn.Linear(dim, width), swish, torch.nn.Linear(width, dim))
     net = net.double()
@@ -79,7 +79,7 @@ def residual(rng, dim=2, width=5):
 
 
 def continuous(rng, dim=3, width=5):
-    """Zuko's free-form flow of the same velocity, by its adaptive solver with a tight tolerance."""
+    """Zuko's free-form flow of the same velocity, solved adaptively with a small tolerance."""
     w0, w1 = (torch.tensor(0.6 * rng.normal(size=s)) for s in ((dim, width), (width, dim)))
     b, c = (torch.tensor(rng.normal(size=width)) for _ in range(2))
     peer = zuko.transforms.FreeFormJacobianTransform(
