@@ -1,4 +1,4 @@
-"""Flows as PyMC groups and approximations: variables, draws, densities, moments and labels."""
+"""Approximations of several groups: variables, draws, densities, moments and labels."""
 
 import arviz as az
 import cloudpickle
@@ -15,8 +15,6 @@ from scipy import stats
 
 from pymc_flows import NFVI, FlowApproximation, NormalizingFlow
 
-VFAMS = ["planar", "realnvp", "scale-hh*2-loc"]
-
 
 def perturb(approx, scale=0.3):
     rng = np.random.default_rng(3)
@@ -26,7 +24,7 @@ def perturb(approx, scale=0.3):
     return approx
 
 
-def test_pymcs_own_groups_stay(normal):
+def test_names_of_pymcs_groups_make_pymcs_groups(normal):
     with normal:
         assert type(pm.Group([normal["a"]], vfam="mean_field")) is MeanFieldGroup
         assert type(pm.Group([normal["a"]], vfam="full_rank")) is FullRankGroup
@@ -92,7 +90,7 @@ def test_sample_node(normal, vfams, python):
 
 
 def located(model, mixture):
-    """Groups in an order unlike the model's, far apart, centred where the names say."""
+    """Groups in another order than the model's variables, with means far apart."""
     with model:
         first = pm.Group([model["c"], model["a"]], vfam="scale-loc", start={"a": -50.0, "c": 9.0})
         second = pm.Group(None, vfam=mixture)
@@ -111,7 +109,7 @@ def three():
 
 
 @pytest.mark.parametrize("mixture", ["mean_field", "full_rank", "planar"])
-def test_draws_are_put_in_the_right_variables(three, mixture, python):
+def test_draws_go_to_the_right_variables(three, mixture, python):
     approx = located(three, mixture)
     result = approx.sample(200, random_seed=1)
     means = result.posterior.mean(["chain", "draw"])
@@ -199,7 +197,7 @@ def test_transforms_that_depend_on_other_variables(python):
     assert_allclose(approx.log_density({"a": a, "b": b}), expected)
 
 
-def test_a_flow_without_inverse_says_so(normal):
+def test_the_density_of_a_flow_without_inverse_is_an_error(normal):
     with normal:
         approx = NormalizingFlow("planar")
     with pytest.raises(NotImplementedInference, match=r"'planar' has none.*log_q.*realnvp"):
@@ -262,7 +260,7 @@ def test_the_state_is_in_the_models_own_space(python):
     assert list(approx.state.mean) == ["x"]
 
 
-def test_a_minibatch_is_the_whole_in_log_p(python):
+def test_log_p_of_a_minibatched_model_is_that_of_all_data(python):
     values = np.linspace(-1, 2, 40)
     with pm.Model() as model:
         mu = pm.Normal("mu")
@@ -280,7 +278,7 @@ def test_a_minibatch_is_the_whole_in_log_p(python):
     assert whole.observed_data["y"].size == 40
 
 
-def test_new_data_are_seen(python):
+def test_draws_use_new_data(python):
     with pm.Model() as model:
         mu = pm.Normal("mu")
         x = pm.Data("x", [1.0, 2.0])
@@ -298,8 +296,9 @@ def test_new_data_are_seen(python):
     assert model["mu"].name == "mu"
 
 
+@pytest.mark.fit
 @pytest.mark.filterwarnings("ignore:The RandomType SharedVariables")
-def test_pymc_and_arviz_take_the_result(schools_fit, schools_draws):
+def test_pymc_and_arviz_accept_the_draws(schools_fit, schools_draws):
     with schools_fit.model:
         predictive = pm.sample_posterior_predictive(
             schools_draws, progressbar=False, random_seed=1, backend="jax"
@@ -316,7 +315,7 @@ def test_pymc_and_arviz_take_the_result(schools_fit, schools_draws):
     assert_allclose(loo.elpd, -30.8, atol=1.0)
 
 
-def test_pymcs_own_inference_takes_the_approximation(normal, python):
+def test_klqp_of_pymc_trains_the_approximation(normal, python):
     with normal:
         approx = pm.variational.KLqp(NormalizingFlow("scale-loc", random_seed=1)).fit(
             10, compile_kwargs={"mode": python}, progressbar=False

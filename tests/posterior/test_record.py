@@ -1,6 +1,7 @@
-"""The record of a fit: a mapping of documented keys, of which those without a value are absent."""
+"""The record of a fit: a mapping of documented keys; keys without a value are absent."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 
@@ -28,6 +29,21 @@ def test_an_attribute_that_is_set_appears_as_a_key():
 def test_only_keys_are_keys(name):
     with pytest.raises(KeyError, match=name):
         FitStats()[name]
+
+
+def test_a_record_equals_any_mapping_of_its_keys_and_values():
+    stats = FitStats(steps=3, elbo=-1.0)
+    assert stats == dict(stats)
+    assert stats == FitStats(steps=3, elbo=-1.0)
+    assert stats != FitStats(steps=4, elbo=-1.0)
+    assert {**stats} == dict(stats.items())
+    assert list(stats) == [key for key in KEYS if key in stats]
+    assert isinstance(stats, Mapping)
+
+
+def test_keys_cannot_be_set_as_items():
+    with pytest.raises(TypeError, match="item assignment"):
+        FitStats()["steps"] = 3
 
 
 def test_every_key_is_documented():

@@ -1,4 +1,4 @@
-"""Files: what comes back is what was kept, or an error that says why not."""
+"""Files: a loaded fit is the saved one, and an error says why a file can't be loaded."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import pymc as pm
 import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
+from pymc.variational.approximations import MeanFieldGroup
 
 from pymc_flows import NFVI, FlowApproximation, NormalizingFlow, bijections, load, save
 from pymc_flows.posterior.record import FitStats
@@ -52,7 +53,7 @@ def assert_same_draws(left, right):
     ],
     ids=str,
 )
-def test_draws_come_back_to_the_last_bit(flow, options, tmp_path, python):
+def test_a_loaded_fit_draws_the_same_to_the_last_bit(flow, options, tmp_path, python):
     approx = perturbed(flow, model(centred=flow == "flow"), **options)
     approx.hist = np.array([3.0, 2.0, np.nan])
     approx.fit_stats = FitStats(steps=np.int64(3), seconds={"start": 0.5}, modes_missed=0)
@@ -64,7 +65,7 @@ def test_draws_come_back_to_the_last_bit(flow, options, tmp_path, python):
     assert again.fit_stats == approx.fit_stats
 
 
-def test_groups_of_several_kinds_come_back(tmp_path, python):
+def test_groups_of_several_kinds_are_loaded(tmp_path, python):
     built = model()
     with built:
         groups = [
@@ -79,7 +80,7 @@ def test_groups_of_several_kinds_come_back(tmp_path, python):
     assert_same_draws(approx, again)
 
 
-def test_what_comes_back_can_be_trained_further(tmp_path, python):
+def test_a_loaded_fit_trains_further(tmp_path, python):
     built = model()
     with built:
         settings = {"initialize": False, "progressbar": False}
@@ -99,7 +100,7 @@ def test_what_comes_back_can_be_trained_further(tmp_path, python):
     assert (again.params[0].get_value() != before).any()
 
 
-def test_advi_is_kept_too(tmp_path, python):
+def test_fits_of_pymcs_advi_are_saved_too(tmp_path, python):
     with model():
         approx = pm.fit(20, method="fullrank_advi", random_seed=1, progressbar=False)
     save(approx, tmp_path / "fit.nc")
@@ -109,14 +110,14 @@ def test_advi_is_kept_too(tmp_path, python):
 
 
 @pytest.fixture
-def kept(tmp_path, python):
+def saved(tmp_path, python):
     path = tmp_path / "fit.nc"
     save(perturbed("scale-loc"), path)
     return path
 
 
 def other(**changes):
-    """Models that differ in one thing each."""
+    """Build models that differ from the fitted one in a single respect."""
     with pm.Model() as built:
         b = pm.HalfNormal("b") if changes.get("b", True) else pm.LogNormal("b")
         a = pm.Normal("a", shape=changes.get("shape", 2))
@@ -128,16 +129,16 @@ def other(**changes):
     return built
 
 
-def test_variables_that_differ_are_told(kept):
+def test_other_variables_are_an_error_that_names_them(saved):
     with pm.Model() as built:
         pm.Normal("bb")
         pm.Normal("a", shape=2)
     with pytest.raises(ValueError, match="'b' is missing; did you mean bb"):
-        load(kept, built)
+        load(saved, built)
     with pytest.raises(ValueError, match=r"no variables that .* lacks, got \['c'\]"):
-        load(kept, other(extra=True))
+        load(saved, other(extra=True))
     with pytest.raises(ValueError, match=r"shape of 'a' must be as fitted, \[2\], got \[4\]"):
-        load(kept, other(shape=4))
+        load(saved, other(shape=4))
 
 
 @pytest.mark.parametrize(
@@ -150,24 +151,24 @@ def test_variables_that_differ_are_told(kept):
         (lambda: other(potential=True), "'more' is new"),
     ],
 )
-def test_densities_and_data_that_differ_are_told(kept, built, message):
+def test_other_densities_and_data_are_an_error_unless_strict_is_false(saved, built, message):
     with pytest.raises(ValueError, match=message):
-        load(kept, built())
+        load(saved, built())
     with pytest.warns(UserWarning, match=message):
-        assert load(kept, built(), strict=False).ddim == 3
+        assert load(saved, built(), strict=False).ddim == 3
 
 
-def test_damaged_truncated_and_foreign_files_are_told(kept, tmp_path):
-    whole = kept.read_bytes()
+def test_damaged_truncated_and_foreign_files_are_errors(saved, tmp_path):
+    whole = saved.read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:10], b"", b"no netCDF at all"):
-        kept.write_bytes(broken)
+        saved.write_bytes(broken)
         with pytest.raises(ValueError, match="is damaged"):
-            load(kept, model())
+            load(saved, model())
     flipped = bytearray(whole)
     flipped[-9] ^= 0xFF
-    kept.write_bytes(bytes(flipped))
+    saved.write_bytes(bytes(flipped))
     with pytest.raises(ValueError, match="is damaged"):
-        load(kept, model())
+        load(saved, model())
     foreign = tmp_path / "foreign.nc"
     xr.Dataset({"x": ("n", [1.0])}).to_netcdf(foreign, engine="scipy")
     with pytest.raises(ValueError, match="got another netCDF file"):
@@ -176,8 +177,8 @@ def test_damaged_truncated_and_foreign_files_are_told(kept, tmp_path):
         load(tmp_path / "none.nc", model())
 
 
-def test_a_file_of_a_later_format_is_refused(kept, tmp_path):
-    with xr.open_dataset(kept, engine="scipy") as dataset:
+def test_a_file_of_a_later_format_is_refused(saved, tmp_path):
+    with xr.open_dataset(saved, engine="scipy") as dataset:
         later = dataset.load()
     later.attrs["format_version"] += 3
     later.to_netcdf(tmp_path / "later.nc", engine="scipy", format="NETCDF3_64BIT")
@@ -185,8 +186,8 @@ def test_a_file_of_a_later_format_is_refused(kept, tmp_path):
         load(tmp_path / "later.nc", model())
 
 
-def test_a_save_that_fails_leaves_the_old_file_whole(kept, monkeypatch):
-    before = kept.read_bytes()
+def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
 
     def write_half(self, path, **kwargs):
         path.write_bytes(b"half")
@@ -194,25 +195,34 @@ def test_a_save_that_fails_leaves_the_old_file_whole(kept, monkeypatch):
 
     monkeypatch.setattr(xr.Dataset, "to_netcdf", write_half)
     with pytest.raises(KeyboardInterrupt):
-        save(perturbed("scale-loc"), kept)
-    assert kept.read_bytes() == before
-    assert list(kept.parent.iterdir()) == [kept]
+        save(perturbed("scale-loc"), saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_what_cannot_be_kept_is_refused(tmp_path, python):
+def test_layers_and_groups_that_a_file_cannot_hold_are_errors(tmp_path, python):
     @dataclasses.dataclass(frozen=True)
     class Mine(bijections.Loc):
-        """A layer that no file could bring back."""
+        """A layer that can't be made from a file."""
+
+    class MyGroup(MeanFieldGroup):
+        """A group that can't be made from a file."""
 
     with pytest.raises(TypeError, match=r"layers must be of pymc_flows.bijections to be saved"):
         save(perturbed(Mine(3)), tmp_path / "fit.nc")
+    built = model()
+    approx = FlowApproximation([MyGroup(built.free_RVs, model=built)], model=built)
+    with pytest.raises(
+        TypeError, match="groups must be flows, mnf, mean_field or full_rank to be saved, got"
+    ):
+        save(approx, tmp_path / "fit.nc")
     with pytest.raises(TypeError, match="approx must be an approximation, got int"):
         save(3, tmp_path / "fit.nc")
     assert not list(tmp_path.iterdir())
 
 
-def test_no_pickle_and_versions_are_in_the_file(kept):
-    with xr.open_dataset(kept, engine="scipy") as dataset:
+def test_the_file_is_json_with_the_versions_of_libraries(saved):
+    with xr.open_dataset(saved, engine="scipy") as dataset:
         record = json.loads(dataset.attrs["fit"])
     assert record["versions"]["pymc"] == pm.__version__
     assert record["model"]["free"]["b"]["distribution"] == "HalfNormalRV"
