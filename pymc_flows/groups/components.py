@@ -10,7 +10,7 @@ from pymc_flows.bijections import Chain, Mixture, flatten
 from pymc_flows.bijections.evaluate import map_forward
 from pymc_flows.bijections.factors import Factor, as_factor
 
-# standard deviations by which components that share a Gaussian are moved apart
+# distance between components that share a Gaussian, in standard deviations of the Gaussian
 APART = 0.3
 
 

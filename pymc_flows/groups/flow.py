@@ -17,6 +17,7 @@ from pymc.variational.opvi import (
     VIState,
     node_property,
 )
+from pytensor.tensor.variable import TensorVariable
 from xarray import Dataset, DataTree
 
 from pymc_flows.bijections import (
@@ -40,7 +41,7 @@ from pymc_flows.groups.flow_record import arguments_of_flow, record_of_flow, res
 from pymc_flows.groups.moments import model_space_state, moment_noise
 from pymc_flows.groups.noise_group import NoiseGroup
 from pymc_flows.groups.placement import placed
-from pymc_flows.groups.protocol import Arrays, Restore
+from pymc_flows.groups.protocol import Arrays, Restore, Triple
 from pymc_flows.model.noncentering import Noncentering, find_noncentering
 from pymc_flows.model.space import draws_of_start, unconstrained_start
 
@@ -364,23 +365,23 @@ class FlowGroup(NoiseGroup):
             self.base, self.bijection, self.params_dict["weights"], self.context
         )
 
-    def draws_and_log_q(self, noise):
+    def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         """Draws x (draws, dim) made from noise (draws, noise_dim), and their log q (draws,)."""
         return self.distribution.draws_and_log_q(noise)
 
-    def draws_and_score(self, noise):
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
         """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
         return self.distribution.draws_and_score(noise)
 
-    def map_base(self, z):
+    def map_base(self, z: TensorVariable) -> Triple:
         """Map z (draws, dim) to x (draws, dim); also log q of x and the base's log density of z."""
         return self.distribution.map_base(z)
 
-    def log_choice(self, noise):
+    def log_choice(self, noise: TensorVariable) -> TensorVariable | None:
         """Log probability (draws,) of the base's discrete choice; None if it makes none."""
         return self.distribution.log_choice(noise)
 
-    def log_density_of(self, x):
+    def log_density_of(self, x: TensorVariable) -> TensorVariable:
         """Log density (draws,) of any x (draws, dim), through the inverse.
 
         Raises
@@ -397,24 +398,24 @@ class FlowGroup(NoiseGroup):
         return self.distribution.log_density(x)
 
     @node_property
-    def _moment_draws(self):
+    def _moment_draws(self) -> TensorVariable:
         # the noise is fixed, so moments repeat, and follow the weights while they train
         noise = moment_noise(self.ddim, self.noise_dim)
         return self.draws_and_log_q(pt.constant(floatX(noise)))[0]
 
     @node_property
-    def mean(self):
+    def mean(self) -> TensorVariable:
         """Mean (dim,), unconstrained, over 8192 quasi-random draws (fewer above 512 dims)."""
         return self._moment_draws.mean(axis=0)
 
     @node_property
-    def cov(self):
+    def cov(self) -> TensorVariable:
         """Covariance (dim, dim), unconstrained, over the same draws as ``mean``."""
         away = self._moment_draws - self.mean
         return away.T @ away / (away.shape[0] - 1)
 
     @node_property
-    def std(self):
+    def std(self) -> TensorVariable:
         """Standard deviation (dim,), unconstrained, over the same draws as ``mean``."""
         return self._moment_draws.std(axis=0, ddof=1)
 
@@ -431,7 +432,7 @@ class FlowGroup(NoiseGroup):
 
     @classmethod
     def from_record(cls, saved: dict[str, Any], arrays: Arrays, model: Any) -> FlowGroup:
-        """Make a flow from what :meth:`record` wrote."""
+        """Make a flow from the result of :meth:`record`."""
         group = cls(**arguments_of_flow(saved, arrays, model))
         restore_flow(group, saved, arrays)
         return group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from pymc.variational.opvi import (
     VIState,
     node_property,
 )
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.bijections import (
     Chain,
@@ -32,7 +33,7 @@ from pymc_flows.families.build import check_flow
 from pymc_flows.families.matrices import mnf
 from pymc_flows.groups.moments import model_space_state
 from pymc_flows.groups.noise_group import NoiseGroup
-from pymc_flows.groups.protocol import Arrays, Restore
+from pymc_flows.groups.protocol import Arrays, Restore, Triple
 from pymc_flows.groups.records import (
     checked_options,
     layer_from,
@@ -177,7 +178,7 @@ class MNFGroup(NoiseGroup):
         """Columns of base noise: for each layer those of its multipliers, then of its elements."""
         return sum(rows + rows * columns for rows, columns in self._shapes())
 
-    def _initial_type(self, name):
+    def _initial_type(self, name: str) -> TensorVariable:
         return pt.matrix(name, shape=(None, self.noise_dim))
 
     @property
@@ -232,9 +233,11 @@ class MNFGroup(NoiseGroup):
             yield layer, Params(flat[first : first + layer.n_weights], layer.weight_shapes)
             first += layer.n_weights
 
-    def draws_and_log_q(self, noise):
+    def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
-        pieces, log_q, first = [], 0, 0
+        pieces: list[TensorVariable] = []
+        log_q: Any = 0
+        first = 0
         for layer, params in self._layers_and_params():
             w, own = layer.draw(noise[:, first : first + layer.noise_dim], params)
             pieces.append(w)
@@ -258,7 +261,7 @@ class MNFGroup(NoiseGroup):
                 allowed.append(name)
         return allowed, refused
 
-    def local_laws(self, noise):
+    def local_laws(self, noise: Mapping[str, TensorVariable]) -> dict[str, Triple]:
         """Multipliers of matrices, and the distribution of the matrices given them.
 
         Parameters
@@ -281,20 +284,21 @@ class MNFGroup(NoiseGroup):
                 assert not layer.correlated
                 base = noise[name].reshape((-1, layer.shape[0]))
                 z, _ = layer.multipliers(base, params)
-                mean, sd = pt.tensor_copy(params["mean"]), pt.exp(params["log_sd"])
+                mean: Any = pt.tensor_copy(params["mean"])
+                sd = pt.exp(params["log_sd"])
                 found[name] = z.reshape(noise[name].shape), mean, sd
         return found
 
-    def draws_and_score(self, noise):
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
         """As :meth:`draws_and_log_q`, and zeros (draws, dim): the score is not known."""
         x, log_q = self.draws_and_log_q(noise)
         return x, log_q, pt.zeros_like(x)
 
-    def map_base(self, z):
+    def map_base(self, z: TensorVariable) -> Triple:
         """Map noise z (draws, noise_dim) to x (draws, dim), log_q and the log density of z."""
         return *self.draws_and_log_q(z), normal_log_density(z)
 
-    def log_density_of(self, x):
+    def log_density_of(self, x: TensorVariable) -> TensorVariable:
         """Raise NotImplementedInference: the density of a given matrix is not known."""
         raise NotImplementedInference(
             "log_density needs groups with a density, and an mnf group has none: its multipliers "
@@ -302,7 +306,7 @@ class MNFGroup(NoiseGroup):
         )
 
     @node_property
-    def _moments(self):
+    def _moments(self) -> list[tuple[Any, ...]]:
         """For each layer: mean given z, draws of z, sd given z, and the factors L and R, if any."""
         parts = []
         for layer, params in self._layers_and_params():
@@ -315,14 +319,14 @@ class MNFGroup(NoiseGroup):
         return parts
 
     @node_property
-    def mean(self):
+    def mean(self) -> TensorVariable:
         """Mean (dim,), unconstrained, over 4096 fixed draws of the multipliers."""
         return pt.concatenate(
             [(z.mean(axis=0)[:, None] * mu).ravel() for mu, z, *_ in self._moments]
         )
 
     @node_property
-    def std(self):
+    def std(self) -> TensorVariable:
         """Standard deviation (dim,), unconstrained, over the same draws."""
         variances = []
         for mu, z, sd, factors in self._moments:
@@ -334,7 +338,7 @@ class MNFGroup(NoiseGroup):
         return pt.sqrt(pt.concatenate(variances))
 
     @node_property
-    def cov(self):
+    def cov(self) -> TensorVariable:
         """Covariance (dim, dim), unconstrained, over the same draws; layers are independent."""
         blocks = []
         for mu, z, sd, factors in self._moments:
@@ -373,7 +377,7 @@ class MNFGroup(NoiseGroup):
 
     @classmethod
     def from_record(cls, saved: dict[str, Any], arrays: Arrays, model: Any) -> MNFGroup:
-        """Make a group from what :meth:`record` wrote."""
+        """Make a group from the result of :meth:`record`."""
         variables = [model[name] for name in saved["variables"]]
         group = cls(variables, model=model, options=saved["options"])
         group.first_loc = arrays[f"{saved['label']}_first_loc"]

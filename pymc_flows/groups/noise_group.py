@@ -9,6 +9,7 @@ import pytensor.tensor as pt
 from pymc.util import makeiter
 from pymc.variational.opvi import Group, _known_scan_ignored_inputs, node_property
 from pytensor.graph.replace import graph_replace
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.groups.protocol import FitGroup
 from pymc_flows.messages import warn_user
@@ -23,10 +24,12 @@ class NoiseGroup(Group, FitGroup):
     shared_params: Any
     symbolic_initial: Any
 
-    def _new_initial_shape(self, size, dim, more_replacements=None):
+    def _new_initial_shape(
+        self, size: Any, dim: Any, more_replacements: Any = None
+    ) -> TensorVariable:
         return pt.stack([size, self.noise_dim])
 
-    def symbolic_sample_over_posterior(self, node):
+    def symbolic_sample_over_posterior(self, node: TensorVariable) -> TensorVariable:
         """Evaluate a node on every draw, as PyMC's groups do."""
         node = self.to_flat_input(node)
         random = self.symbolic_random.astype(self.symbolic_initial.dtype)
@@ -38,16 +41,16 @@ class NoiseGroup(Group, FitGroup):
         )
 
     @node_property
-    def _mapped(self):
+    def _mapped(self) -> tuple[TensorVariable, TensorVariable]:
         return self.draws_and_log_q(self.symbolic_initial)
 
     @property
-    def symbolic_random(self):
+    def symbolic_random(self) -> TensorVariable:
         """Draws x (draws, dim), unconstrained, as a function of ``symbolic_initial``."""
         return self._mapped[0]
 
     @node_property
-    def symbolic_logq_not_scaled(self):
+    def symbolic_logq_not_scaled(self) -> TensorVariable:
         """``log_q`` (draws,) of ``symbolic_random``, in nats."""
         return self._mapped[1]
 

@@ -16,6 +16,8 @@ from pytensor.tensor.variable import TensorVariable
 
 Restore = Callable[[], None]
 Arrays = dict[str, np.ndarray]
+# graphs that leave a group together
+Triple = tuple[TensorVariable, TensorVariable, TensorVariable]
 
 
 class FitGroup(abc.ABC):
@@ -100,7 +102,7 @@ class FitGroup(abc.ABC):
 
     @property
     def base_dim(self) -> int:
-        """Dimension of the base space, of which draws are a smooth map."""
+        """Dimension of the base space; draws are a smooth map of its points."""
         return self.noise_dim
 
     @property
@@ -113,13 +115,11 @@ class FitGroup(abc.ABC):
         """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
 
     @abc.abstractmethod
-    def draws_and_score(
-        self, noise: TensorVariable
-    ) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
         """As :meth:`draws_and_log_q`, and the score (draws, dim); zeros if not ``has_score``."""
 
     @abc.abstractmethod
-    def map_base(self, z: TensorVariable) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
+    def map_base(self, z: TensorVariable) -> Triple:
         """Map z (draws, base_dim) to x (draws, dim), log q of x, and the log density of z."""
 
     @abc.abstractmethod
@@ -170,9 +170,7 @@ class FitGroup(abc.ABC):
         """
         return [], {}
 
-    def local_laws(
-        self, noise: Mapping[str, TensorVariable]
-    ) -> dict[str, tuple[TensorVariable, TensorVariable, TensorVariable]]:
+    def local_laws(self, noise: Mapping[str, TensorVariable]) -> dict[str, Triple]:
         """Multipliers, mean and sd of each value variable of ``noise``, by its name."""
         return {}
 

@@ -9,10 +9,12 @@ import pytensor.tensor as pt
 from pymc.variational.approximations import FullRankGroup, MeanFieldGroup
 from pymc.variational.opvi import Group, NotImplementedInference
 from pytensor.graph.replace import graph_replace
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_flows.bijections import normal_log_density
-from pymc_flows.groups.protocol import Arrays, FitGroup, Restore
+from pymc_flows.groups.protocol import Arrays, FitGroup, Restore, Triple
 from pymc_flows.groups.records import record_of_variables
+from pymc_flows.model.space import Ordering
 
 
 class PyMCGroup(FitGroup):
@@ -21,29 +23,29 @@ class PyMCGroup(FitGroup):
     Parameters
     ----------
     group : Group
-        It stays as it is.
+        The group of PyMC, which is not changed.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     @property
-    def ddim(self):
+    def ddim(self) -> int:
         """Number of dimensions."""
         return self.group.ddim
 
     @property
-    def ordering(self):
+    def ordering(self) -> Ordering:
         """Place of each value variable in the flat vector."""
         return self.group.ordering
 
     @property
-    def mean(self):
+    def mean(self) -> TensorVariable:
         """Mean (dim,), unconstrained."""
         return self.group.mean
 
     @property
-    def std(self):
+    def std(self) -> TensorVariable:
         """Standard deviation (dim,), unconstrained."""
         return self.group.std
 
@@ -51,26 +53,28 @@ class PyMCGroup(FitGroup):
         """Return the group's own name."""
         return str(self.group)
 
-    def draws_and_log_q(self, noise):
+    def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         """Draws x (draws, dim) made from noise (draws, dim), and their log density (draws,)."""
         group = self.group
-        return graph_replace(
+        drawn: Any = graph_replace(
             [group.symbolic_random, group.symbolic_logq],
             {group.symbolic_initial: noise},
             strict=False,
         )
+        x, log_q = drawn
+        return x, log_q
 
-    def draws_and_score(self, noise):
-        """Raise NotImplementedInference: the score of an unknown density can't be written down."""
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
+        """Raise NotImplementedInference: the score of an unknown density is not known."""
         raise NotImplementedInference(
             f"{self.group} has no score: gradient='reparameterization' needs none"
         )
 
-    def map_base(self, z):
+    def map_base(self, z: TensorVariable) -> Triple:
         """Map z (draws, dim) to x (draws, dim), log q (draws,) and the normal log density of z."""
         return *self.draws_and_log_q(z), normal_log_density(z)
 
-    def log_density_of(self, x):
+    def log_density_of(self, x: TensorVariable) -> TensorVariable:
         """Raise NotImplementedInference: PyMC's groups give densities of their own draws only."""
         raise NotImplementedInference(f"{self.group} has no density of given points")
 
@@ -103,7 +107,7 @@ class PyMCGroup(FitGroup):
         Raises
         ------
         TypeError
-            If the group's class is not one of PyMC's own two, which a file could not make again.
+            If the group's class is neither PyMC's mean field nor PyMC's full rank.
         """
         if type(self.group) not in ADAPTERS:
             raise TypeError(
@@ -117,12 +121,12 @@ class MeanField(PyMCGroup):
 
     kind = "mean_field"
 
-    def draws_and_score(self, noise):
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
         """As :meth:`draws_and_log_q`, and the score ``-noise / sd`` (draws, dim)."""
         x, log_q = self.draws_and_log_q(noise)
         return x, log_q, -noise / self.group.std
 
-    def log_density_of(self, x):
+    def log_density_of(self, x: TensorVariable) -> TensorVariable:
         """Log density (draws,) of any x (draws, dim)."""
         group = self.group
         return normal_log_density((x - group.mean) / group.std) - pt.log(group.std).sum()
@@ -133,14 +137,14 @@ class FullRank(PyMCGroup):
 
     kind = "full_rank"
 
-    def draws_and_score(self, noise):
+    def draws_and_score(self, noise: TensorVariable) -> Triple:
         """As :meth:`draws_and_log_q`, and the score ``-L⁻ᵀ noise`` (draws, dim)."""
         x, log_q = self.draws_and_log_q(noise)
         upper = self.group.L.T
         score = -pt.linalg.solve_triangular(upper, noise.T, lower=False, b_ndim=2).T
         return x, log_q, score
 
-    def log_density_of(self, x):
+    def log_density_of(self, x: TensorVariable) -> TensorVariable:
         """Log density (draws,) of any x (draws, dim)."""
         group = self.group
         z = pt.linalg.solve_triangular(group.L, (x - group.mean).T, lower=True, b_ndim=2).T
@@ -151,9 +155,9 @@ ADAPTERS: dict[type[Group], type[PyMCGroup]] = {MeanFieldGroup: MeanField, FullR
 
 
 def adapt(group: Group) -> FitGroup:
-    """Give a group that answers to :class:`FitGroup`: the group itself, or an adapter of it.
+    """Return a :class:`FitGroup`: the group itself, or an adapter of it.
 
-    Subclasses of PyMC's groups draw and train like their parents, but are not written to files.
+    Subclasses of PyMC's groups draw and train like their parents, but can't be saved.
     """
     if isinstance(group, FitGroup):
         return group
@@ -164,7 +168,7 @@ def adapt(group: Group) -> FitGroup:
 
 
 def pymc_group_from(saved: dict[str, Any], arrays: Arrays, model: Any) -> Group:
-    """Make one of PyMC's groups from what :meth:`FitGroup.record` wrote."""
+    """Make one of PyMC's groups from the result of :meth:`FitGroup.record`."""
     variables = [model[name] for name in saved["variables"]]
     group = Group(variables, vfam=saved["kind"], model=model)
     for name, where in saved["params"].items():

@@ -1,4 +1,4 @@
-"""Plain data for files: layers, random generators, and what all groups have in common."""
+"""Plain data for files: layers, random generators, and the variables of groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     TypeError
-        Naming the option that it can't.
+        If JSON can't hold an option; the message names it.
     """
     for name, value in options.items():
         try:
@@ -87,7 +87,7 @@ def record_of_layer(layer: Any, label: str, arrays: dict[str, np.ndarray]) -> An
 
 
 def layer_from(saved: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Make a layer from what :func:`record_of_layer` wrote."""
+    """Make a layer from the result of :func:`record_of_layer`."""
     if isinstance(saved, dict) and "array" in saved:
         return arrays[saved["array"]]
     if isinstance(saved, dict):
@@ -107,7 +107,7 @@ def record_of_rng(
 
 
 def rng_from(saved: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> np.random.RandomState:
-    """Make a generator from what :func:`record_of_rng` wrote."""
+    """Make a generator from the result of :func:`record_of_rng`."""
     name, position, has_gauss, gauss = saved["state"]
     rng = np.random.RandomState()
     keys = arrays[saved["keys"]].astype(np.uint32)

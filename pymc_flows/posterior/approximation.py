@@ -19,7 +19,7 @@ from pymc_flows.bijections import Bijection
 from pymc_flows.groups.flow import FlowGroup
 from pymc_flows.groups.pymc_groups import adapt
 from pymc_flows.model.minibatch import is_minibatched
-from pymc_flows.model.space import labelled, prior_points
+from pymc_flows.model.space import Ordering, labelled, prior_points
 from pymc_flows.posterior.point_density import log_density_of_points
 from pymc_flows.posterior.sampling import Draws, Sampler, idata_of, noise_streams, trace_of
 
@@ -28,7 +28,7 @@ STATE_DRAWS = 8192
 
 
 class FlowApproximation(Approximation):
-    """Any groups with densities, at least one of them usually a flow, as one approximate posterior.
+    """Several groups with densities, usually at least one flow, as one approximate posterior.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class FlowApproximation(Approximation):
         self._functions: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickles: all but compiled functions."""
+        """Return the state without compiled functions, which can't be pickled."""
         return {**super().__getstate__(), "_functions": {}}
 
     # Draws and densities, symbolically.
@@ -157,10 +157,10 @@ class FlowApproximation(Approximation):
         x = xs[0] if len(xs) == 1 else pt.concatenate(xs, axis=1)
         return x, sum(log_qs), sum(log_bases)  # type: ignore[return-value]
 
-    def _symbolic_noise(self, n_draws):
+    def _symbolic_noise(self, n_draws: int) -> list[TensorVariable]:
         return [pt.matrix(shape=(n_draws, member.noise_dim)) for member in self.members]
 
-    def _joined(self, pieces, n_draws):
+    def _joined(self, pieces: Sequence[TensorVariable], n_draws: int) -> TensorVariable:
         x = pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1)
         return pt.specify_shape(x, (n_draws, self.ddim))
 
@@ -184,7 +184,7 @@ class FlowApproximation(Approximation):
         return self._functions[key]
 
     def forget_functions(self) -> None:
-        """Drop functions and graphs that were made with maps that the groups no longer have."""
+        """Drop functions and graphs of earlier maps of the groups."""
         self._functions = {}
         getattr(self, "_cache", {}).clear()
 
@@ -192,7 +192,7 @@ class FlowApproximation(Approximation):
         """Compile noise of each group to x (draws, dim) and log q (draws,)."""
         return self.compiled(("flow", n_draws), lambda: self._compile_flow(n_draws))
 
-    def _compile_flow(self, n_draws):
+    def _compile_flow(self, n_draws: int) -> Callable[..., Any]:
         self.refuse_minibatched_context()
         noise, x, log_q = self.draws_and_log_q(n_draws)
         zeros = [np.zeros(z.type.shape, dtype=z.dtype) for z in noise]
@@ -205,7 +205,7 @@ class FlowApproximation(Approximation):
         )
 
     def refuse_minibatched_context(self) -> None:
-        """Raise ValueError if a context would be other data from one call to the next."""
+        """Raise ValueError if a context is a minibatch, whose data change from call to call."""
         for member in self.members:
             if member.context is not None and is_minibatched([member.context]):
                 raise ValueError(
@@ -319,12 +319,12 @@ class FlowApproximation(Approximation):
 
     @property
     def std_data(self) -> Dataset:
-        """Standard deviation of each variable on the unconstrained space, likewise."""
+        """Standard deviation of each variable on the unconstrained space; computed likewise."""
         return self._labelled([g.std for g in self.groups])
 
-    def _labelled(self, flats):
+    def _labelled(self, graphs: Sequence[TensorVariable]) -> Dataset:
         found = {}
-        flats = compile_function([], flats, interpret=True, backend=self.backend)()
+        flats = compile_function([], graphs, interpret=True, backend=self.backend)()
         for group, flat in zip(self.groups, flats, strict=True):
             for name, where, shape, dtype in group.ordering.values():
                 found[name] = np.asarray(flat)[where].reshape(shape).astype(dtype)
@@ -401,33 +401,36 @@ class NormalizingFlow(FlowApproximation):
         return self.groups[0].bijection
 
     @property
-    def mean(self):
+    def mean(self) -> TensorVariable:
         """Mean (dim,) on the unconstrained space; see :attr:`FlowGroup.mean`."""
         return self.groups[0].mean
 
     @property
-    def cov(self):
+    def cov(self) -> TensorVariable:
         """Covariance (dim, dim) on the unconstrained space; see :attr:`FlowGroup.cov`."""
         return self.groups[0].cov
 
     @property
-    def std(self):
+    def std(self) -> TensorVariable:
         """Standard deviation (dim,) on the unconstrained space; see :attr:`FlowGroup.std`."""
         return self.groups[0].std
 
     @property
-    def ordering(self):
+    def ordering(self) -> Ordering:
         """Name, slice, shape and dtype of each variable in the flat vector, as PyMC has them."""
         return self.groups[0].ordering
 
     @property
-    def shared_params(self):
+    def shared_params(self) -> Any:
         """The trainable weights, one flat vector, by name."""
         return self.groups[0].shared_params
 
 
 def with_density(approx: Any) -> FlowApproximation:
-    """Give an approximation that knows the densities of its draws: ours, or one of PyMC's groups.
+    """Return an approximation whose draws have ``log_p`` and ``log_q``.
+
+    Approximations of pymc_flows are returned as they are; one of PyMC is replaced by a
+    :class:`FlowApproximation` of the same groups.
 
     Raises
     ------

@@ -288,9 +288,9 @@ def move_draws(
     Parameters
     ----------
     approx : FlowApproximation
-        Makes draws of noise.
+        The approximation that makes draws from noise.
     noise : sequence of ndarray
-        (draws, noise_dim) of each group, of which the draws are made.
+        (draws, noise_dim) of each group; the draws are made from it.
     log_weights : ndarray
         (draws,), ``log_p - log_q`` of the draws, in nats.
     moves : int

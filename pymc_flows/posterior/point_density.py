@@ -77,7 +77,7 @@ def _compiled(approx: Any, constrained: bool, shapes: Shapes) -> Callable[..., A
         log_q = log_q - log_jacobian
     zeros = [np.zeros(r.type.shape, dtype=r.dtype) for r in rows]
 
-    def trial(compiled):
+    def trial(compiled: Callable[..., Any]) -> None:
         # zeros may lie outside a variable's support, which is no fault
         with np.errstate(all="ignore"):
             compiled(*zeros)

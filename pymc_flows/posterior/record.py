@@ -1,4 +1,4 @@
-"""The record of a fit: what ``approx.fit_stats`` holds."""
+"""The record of a fit, ``approx.fit_stats``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def noise_streams(approx: Any, random_seed: Any) -> list[np.random.Generator]:
     ]
 
 
-def _data(model: pm.Model):
+def _data(model: pm.Model) -> Iterator[Any]:
     for rv in model.observed_RVs:
         value = model.rvs_to_values[rv]
         yield (

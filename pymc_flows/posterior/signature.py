@@ -13,7 +13,7 @@ from pymc.pytensorf import floatX
 
 from pymc_flows.messages import did_you_mean, warn_user
 
-# relative and absolute difference, in nats, of log densities that are equal up to rounding
+# largest relative and absolute difference, in nats, of log densities that count as equal
 EQUAL = 1e-6
 
 
@@ -36,16 +36,16 @@ def check_signature(
     strict: bool,
     path: str | os.PathLike[str],
 ) -> None:
-    """Raise ValueError that says how a model differs from the one that was fitted.
+    """Raise ValueError if a model differs from the fitted one, and name the differences.
 
     Parameters
     ----------
     saved : dict
-        What :func:`signature` returned.
+        Result of :func:`signature`.
     arrays : dict of str to ndarray
         Arrays of the file.
     model : Model
-        The model at hand.
+        The model to compare.
     strict : bool
         If False, other distributions, data and densities only lead to a warning.
     path : path-like
@@ -74,11 +74,10 @@ def _check_variables(saved: dict[str, Any], model: pm.Model, path: Any) -> None:
     if extra:
         raise ValueError(f"the model must have no variables that {path} lacks, got {extra}")
     for name, variable in saved.items():
-        for what in ("shape", "transform"):
-            if here[name][what] != variable[what]:
+        for key in ("shape", "transform"):
+            if here[name][key] != variable[key]:
                 raise ValueError(
-                    f"{what} of {name!r} must be as fitted, {variable[what]}, "
-                    f"got {here[name][what]}"
+                    f"{key} of {name!r} must be as fitted, {variable[key]}, got {here[name][key]}"
                 )
 
 
@@ -98,8 +97,8 @@ def _differences(
         if then != now:
             shapes = [one["shape"] if one else "none" for one in (then, now)]
             same = shapes[0] == shapes[1]
-            what = "other values" if same else f"shape {shapes[0]}, now {shapes[1]}"
-            differences.append(f"data of {name!r}: {what}")
+            change = "other values" if same else f"shape {shapes[0]}, now {shapes[1]}"
+            differences.append(f"data of {name!r}: {change}")
     if differences:
         return differences
     point = {v.name: arrays[f"point_{v.name}"] for v in model.value_vars}

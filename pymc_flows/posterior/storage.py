@@ -1,4 +1,4 @@
-"""Fits as files: one netCDF file that holds everything about an approximation."""
+"""Saving and loading of approximations, as one netCDF file each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from pymc_flows.posterior.approximation import FlowApproximation, NormalizingFlo
 from pymc_flows.posterior.record import FitStats
 from pymc_flows.posterior.signature import check_signature, signature
 
+# attribute by which a netCDF file is recognised
 FORMAT = "pymc_flows fit"
-# 2: conditioners may compute in single precision. 3: weights of mnf matrices may be correlated.
-# 4: each of them may have a multiplier
+# version of the format that is written. Changes of each: 2, conditioners may compute in single
+# precision; 3, weights of mnf matrices may be correlated; 4, each weight may have a multiplier
 FORMAT_VERSION = 4
-# packages whose versions are written down
+# packages whose versions are written to the file
 LIBRARIES = ("pymc-flows", "pymc", "pytensor", "numpy")
 # function that makes a group from its record, by the group's kind in a file
 READERS = {
@@ -172,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             attrs = dict(dataset.attrs)
     except Exception as error:
         raise ValueError(
-            f"{path} is damaged, or no netCDF file of pymc_flows.save: {error}"
+            f"{path} is damaged, or not a netCDF file of pymc_flows.save: {error}"
         ) from None
     if attrs.get("format") != FORMAT:
         raise ValueError(f"{path} must be a file of pymc_flows.save, got another netCDF file")
@@ -183,7 +184,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     written = {name: array.astype(array.dtype.newbyteorder("=")) for name, array in written.items()}
     if _checksum(attrs["fit"], written) != attrs["checksum"]:
-        raise ValueError(f"{path} is damaged: its content is not what was written")
+        raise ValueError(f"{path} is damaged: its checksum differs from the one that was written")
     record = json.loads(attrs["fit"])
     arrays = {
         name: written.get(name, np.zeros(0)).reshape(shape)

@@ -64,3 +64,46 @@ def test_gated_couplings_move_every_dimension(dim):
     layers = gated_couplings(dim, 2, hidden=3)
     assert len(layers) == 2
     assert all(layer.dim == dim for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layers": 0}, "n_layers must be a whole number of at least 1, got 0"),
+        ({"n_auxiliary_layers": 0}, "n_auxiliary_layers must be a whole number of at least 1"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
+        ({"n_statistics": 0}, "n_statistics must be a whole number of at least 1, got 0"),
+        ({"rowwise": 1}, "rowwise must be True or False, got 1"),
+        ({"correlated": "rows"}, "correlated must be True or False, got 'rows'"),
+        ({"multipliers": "row"}, "multipliers must be 'rows' or 'weights', got 'row'"),
+        (
+            {"multipliers": "weights", "dropout": 0.2},
+            "dropout must be None with multipliers='weights', because .*; got 0.2",
+        ),
+        (
+            {"multipliers": "weights", "rowwise": False},
+            "rowwise must be True with multipliers='weights', because .*; got False",
+        ),
+        (
+            {"multipliers": "weights", "n_layers": 0},
+            "n_layers must be a whole number of at least 1",
+        ),
+        ({"multipliers": "weights", "hidden": 0}, "hidden must be a whole number of at least 1"),
+        ({"dropout": 1.0}, "dropout must be between 0 and 1, got 1.0"),
+        ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
+    ],
+)
+def test_options_out_of_range_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        mnf((3, 2), **options)
+
+
+@pytest.mark.parametrize("shape", [(200, 2), (2, 200)])
+def test_weights_are_correlated_unless_a_side_is_long(shape):
+    assert mnf(shape).correlated
+    assert not mnf(shape, correlated=False).correlated
+    assert not mnf(shape, multipliers="weights").correlated
+    assert mnf((2, 3), multipliers="weights", correlated=True).correlated
+    longer = tuple(n + (n == 200) for n in shape)
+    assert not mnf(longer).correlated
+    assert mnf(longer, correlated=True).correlated
