@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pymc as pm
+import pytensor
+import pytensor.tensor as pt
 import pytest
 
+from pymc_flows import NormalizingFlow
 from pymc_flows.backend import plan as plan_module
 from pymc_flows.backend.plan import BATCH, FEW_DRAWS, LITTLE_WORK, Plan
 
@@ -97,3 +100,45 @@ def test_only_a_loop_on_jax_is_not_compiled_again(approx, monkeypatch, backend, 
     monkeypatch.setattr(plan_module, "has_loop", lambda model: True)
     density = SimpleNamespace(fell_back=False, n_draws=64)
     assert Plan(approx, 100, 512, backend).splits(density, n_draws) == splits
+
+
+def recursion(loop):
+    """An autoregression, as a loop or written out."""
+    y = np.random.default_rng(4).normal(size=6)
+    with pm.Model() as model:
+        rho = pm.Normal("rho", 0, 0.5)
+        mean = pt.constant(np.float64(0))
+        if loop:
+            means = pytensor.scan(
+                lambda seen, mean, rho: rho * pt.tanh(mean) + seen,
+                sequences=[pt.constant(y[:-1])],
+                outputs_info=[mean],
+                non_sequences=[rho],
+                return_updates=False,
+            )
+        else:
+            means = []
+            for seen in y[:-1]:
+                mean = rho * pt.tanh(mean) + seen
+                means.append(mean)
+            means = pt.stack(means)
+        pm.Normal("y", means, 1, observed=y[1:])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("backend", "n_draws", "loop", "splits"),
+    [
+        ("jax", 64, True, True),
+        ("jax", 64, False, False),
+        ("jax", 65, True, False),
+        ("numba", 64, True, False),
+    ],
+)
+def test_only_a_loop_that_fits_one_call_of_jax_is_not_compiled_again(
+    backend, n_draws, loop, splits
+):
+    # with so many steps, other backends compile the flow
+    plan = Plan(NormalizingFlow("planar", model=recursion(loop)), 10**6, 64, backend)
+    density = SimpleNamespace(fell_back=False, n_draws=64)
+    assert plan.splits(density, n_draws) == splits

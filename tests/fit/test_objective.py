@@ -12,7 +12,8 @@ from scipy import stats
 
 import pymc_flows as pmf
 from pymc_flows import FlowApproximation, NormalizingFlow
-from pymc_flows.fit.objective import Target, build_objective
+from pymc_flows.fit.density import LogDensityAndScore
+from pymc_flows.fit.objective import build_objective
 
 N_DRAWS = 3
 
@@ -265,8 +266,8 @@ def test_a_split_objective_is_the_whole_one(python, annealed):
     noise = noise_for(approx)
     whole = compiled(approx, python, gradient="stl", annealed=annealed)(noise, 0.3)
     objective = build_objective(approx, N_DRAWS, split=True, annealed=annealed)
-    target = Target(approx, N_DRAWS, compile_kwargs={"mode": python})
-    bare = Target(approx, N_DRAWS, compile_kwargs={"mode": python}, jacobian=False)
+    target = LogDensityAndScore(approx, N_DRAWS, compile_kwargs={"mode": python})
+    bare = LogDensityAndScore(approx, N_DRAWS, compile_kwargs={"mode": python}, jacobian=False)
     x = pytensor.function(objective.noise, objective.x, mode=python)(*noise)
     function = pytensor.function(
         [*objective.noise, *objective.density, objective.temper],
@@ -410,7 +411,7 @@ def test_parameters_of_the_model_can_be_trained_too(python):
     with pm.Model() as model:
         pm.Normal("y", pm.Normal("x"), scale, observed=2.0)
     approx = NormalizingFlow("loc", model=model, start={"x": 0.4})
-    objective = build_objective(approx, 2, more_params=[scale], gradient="reparameterization")
+    objective = build_objective(approx, 2, more_obj_params=[scale], gradient="reparameterization")
     assert objective.params == [*approx.params, scale]
     z = np.array([[0.3], [-0.8]])
     inputs = [*objective.noise, objective.temper]
