@@ -32,7 +32,7 @@ def test_separate_modes_get_a_mixture_base():
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [1.5, 4.0])
 def test_two_modes_in_one_dimension_are_fitted(apart):
-    """Modes that touch, which splines can fit, and modes so far apart that mode finding is needed."""
+    """Modes that touch, which splines can fit, and modes too far apart without mode finding."""
     with pm.Model():
         pm.NormalMixture("x", [0.3, 0.7], [-apart, apart], sigma=0.7)
         approx = pm.fit(method="flow", random_seed=1, progressbar=False)
