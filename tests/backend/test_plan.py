@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pymc as pm
-import pytensor
-import pytensor.tensor as pt
 import pytest
+from fit.models import recursion
 
 from pymc_flows import NormalizingFlow
 from pymc_flows.backend import plan as plan_module
@@ -100,30 +99,6 @@ def test_only_a_loop_on_jax_is_not_compiled_again(approx, monkeypatch, backend, 
     monkeypatch.setattr(plan_module, "has_loop", lambda model: True)
     density = SimpleNamespace(fell_back=False, n_draws=64)
     assert Plan(approx, 100, 512, backend).splits(density, n_draws) == splits
-
-
-def recursion(loop):
-    """An autoregression, as a loop or written out."""
-    y = np.random.default_rng(4).normal(size=6)
-    with pm.Model() as model:
-        rho = pm.Normal("rho", 0, 0.5)
-        mean = pt.constant(np.float64(0))
-        if loop:
-            means = pytensor.scan(
-                lambda seen, mean, rho: rho * pt.tanh(mean) + seen,
-                sequences=[pt.constant(y[:-1])],
-                outputs_info=[mean],
-                non_sequences=[rho],
-                return_updates=False,
-            )
-        else:
-            means = []
-            for seen in y[:-1]:
-                mean = rho * pt.tanh(mean) + seen
-                means.append(mean)
-            means = pt.stack(means)
-        pm.Normal("y", means, 1, observed=y[1:])
-    return model
 
 
 @pytest.mark.parametrize(

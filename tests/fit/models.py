@@ -2,6 +2,7 @@
 
 import numpy as np
 import pymc as pm
+import pytensor
 import pytensor.tensor as pt
 
 # options of a small coupling flow
@@ -29,4 +30,28 @@ def two_modes(distance, share=0.5):
         left = np.log(1 - share) - 0.5 * ((x + distance) / 0.5) ** 2
         right = np.log(share) - 0.5 * ((x - distance) / 0.5) ** 2
         pm.Potential("mixture", pt.logaddexp(left, right))
+    return model
+
+
+def recursion(loop):
+    """An autoregression, as a loop or written out."""
+    y = np.random.default_rng(4).normal(size=6)
+    with pm.Model() as model:
+        rho = pm.Normal("rho", 0, 0.5)
+        mean = pt.constant(np.float64(0))
+        if loop:
+            means = pytensor.scan(
+                lambda seen, mean, rho: rho * pt.tanh(mean) + seen,
+                sequences=[pt.constant(y[:-1])],
+                outputs_info=[mean],
+                non_sequences=[rho],
+                return_updates=False,
+            )
+        else:
+            means = []
+            for seen in y[:-1]:
+                mean = rho * pt.tanh(mean) + seen
+                means.append(mean)
+            means = pt.stack(means)
+        pm.Normal("y", means, 1, observed=y[1:])
     return model

@@ -7,39 +7,14 @@ import warnings
 
 import numpy as np
 import pymc as pm
-import pytensor
 import pytensor.tensor as pt
 import pytest
-from fit.models import SMALL, independent, known, two_modes
+from fit.models import SMALL, independent, known, recursion, two_modes
 from numpy.testing import assert_allclose
 from pymc.variational.callbacks import CheckParametersConvergence, Tracker
 
 from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.fit.ladder import MORE_DRAWS, MORE_LAYERS
-
-
-def recursion(loop):
-    """An autoregression, as a loop or written out."""
-    y = np.random.default_rng(4).normal(size=6)
-    with pm.Model() as model:
-        rho = pm.Normal("rho", 0, 0.5)
-        mean = pt.constant(np.float64(0))
-        if loop:
-            means = pytensor.scan(
-                lambda seen, mean, rho: rho * pt.tanh(mean) + seen,
-                sequences=[pt.constant(y[:-1])],
-                outputs_info=[mean],
-                non_sequences=[rho],
-                return_updates=False,
-            )
-        else:
-            means = []
-            for seen in y[:-1]:
-                mean = rho * pt.tanh(mean) + seen
-                means.append(mean)
-            means = pt.stack(means)
-        pm.Normal("y", means, 1, observed=y[1:])
-    return model
 
 
 @pytest.mark.fit
