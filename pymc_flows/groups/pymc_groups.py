@@ -158,6 +158,19 @@ def adapt(group: Group) -> FitGroup:
     """Return a :class:`FitGroup`: the group itself, or an adapter of it.
 
     Subclasses of PyMC's groups draw and train like their parents, but can't be saved.
+
+    Parameters
+    ----------
+    group : Group
+        Flow, mnf group, or a group of PyMC.
+
+    Examples
+    --------
+    >>> import pymc as pm
+    >>> with pm.Model():
+    ...     group = pm.Group([pm.Normal("x", shape=3)], vfam="mean_field")
+    >>> adapt(group).kind, adapt(group).noise_dim
+    ('mean_field', 3)
     """
     if isinstance(group, FitGroup):
         return group

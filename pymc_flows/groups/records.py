@@ -58,12 +58,28 @@ def record_of_variables(group: Any, label: str, arrays: dict[str, np.ndarray]) -
 
 
 def record_of_layer(layer: Any, label: str, arrays: dict[str, np.ndarray]) -> Any:
-    """A layer with its settings, as plain data; arrays go into ``arrays`` under the label.
+    """Describe a layer with its settings as plain data; its arrays go into ``arrays``.
+
+    Parameters
+    ----------
+    layer : Bijection, Base, Factor or setting
+        Layers are described setting by setting.
+    label : str
+        Prefix of the names of arrays.
+    arrays : dict of str to ndarray
+        Arrays are added here.
 
     Raises
     ------
     TypeError
         If a layer's class is not one of ``pymc_flows.bijections``.
+
+    Examples
+    --------
+    >>> from pymc_flows.bijections import Loc
+    >>> record = record_of_layer(Loc(3), "group0", arrays={})
+    >>> record["layer"], layer_from(record, arrays={})
+    ('Loc', Loc(dim=3))
     """
     if isinstance(layer, Factor):
         layer = layer.to_array()

@@ -66,7 +66,7 @@ def test_the_rows_of_kernels_are_along_their_first_dimension():
     draws = group.symbolic_random.eval({group.symbolic_initial: noise}, mode=PYTHON).reshape(
         50, 3, 8
     )
-    # without noise of their own, the weights of one output channel are all in proportion
+    # without own noise, all weights of one output channel are proportional to its multiplier
     ratios = draws / draws[:1]
     assert_allclose(ratios, ratios[:, :, :1] * np.ones(8), rtol=1e-5)
     assert ratios[:, :, 0].std(axis=0).min() > 0.05
@@ -127,7 +127,7 @@ def test_other_groups_keep_their_own_gradient():
         found[gradient] = dict(zip(approx.params, function(*noise, 1.0, 1.0)[1:], strict=True))
     weights, rho = groups[0].params[0], groups[1].params_dict["rho"]
     assert_allclose(found["stl"][weights], found["reparameterization"][weights], rtol=1e-10)
-    # the landing is stuck for mean field: the score's part of the gradient, -noise/sd, is left out
+    # for mean field, "sticking the landing" leaves out the score's part of the gradient, -noise/sd
     away = found["reparameterization"][rho] - found["stl"][rho]
     sd = np.logaddexp(0, rho.get_value())
     left_out = (noise[1] ** 2 - 1).mean(axis=0) / sd * sigmoid(rho.get_value())
@@ -251,7 +251,7 @@ def test_weights_with_a_multiplier_each_start_around_the_start(python):
     group = approx.groups[0]
     noise = np.random.default_rng(2).normal(size=(2000, group.noise_dim))
     log_q = pytensor.function([group.symbolic_initial], group.symbolic_logq_not_scaled, mode=PYTHON)
-    # but for r's gates, which are not quite open
+    # the difference comes from the gates of r, which are not quite open
     entropy, exact = -log_q(noise).mean(), 16 * stats.norm(scale=var**0.5).entropy()
     assert exact - 0.5 < entropy < exact
 
@@ -266,7 +266,7 @@ def test_multipliers_of_weights_fit_correlations_between_matrices(python):
         pm.Normal("y", X @ (one + two), 0.5, observed=y)
     law = stats.multivariate_normal(np.zeros(12), 2 * X @ X.T + 0.25 * np.eye(12))
     log_evidence = law.logpdf(y.T).sum()
-    # of either column, and the information that the two share there
+    # precision of one column of both matrices, and the mutual information of the two there
     precision = np.kron(np.ones((2, 2)), X.T @ X / 0.25) + np.eye(6)
     shared = np.linalg.slogdet(precision[:3, :3])[1] - np.linalg.slogdet(precision)[1] / 2
     found = {}
@@ -282,7 +282,7 @@ def test_multipliers_of_weights_fit_correlations_between_matrices(python):
     posterior = found["weights"].sample(4000, random_seed=1).posterior
     one, two = (posterior[name].values[0] for name in ("one", "two"))
     cov = np.linalg.inv(precision)
-    # standard errors of sample covariances, and a tenth for what the fit left
+    # standard errors of sample covariances; a tenth is allowed for the error of the fit
     spread = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / 4000)
     for k in range(2):
         both = np.concatenate([one[..., k], two[..., k]], axis=1)
@@ -332,7 +332,7 @@ def test_moments_are_those_of_draws(kind):
     approx = mixed(model, **kind, **({} if "multipliers" in kind else {"dropout": 0.4}))
     group = approx.groups[0]
     if kind.get("correlated"):
-        # far from independent, which small perturbations would leave
+        # strong correlations; small perturbations would leave the weights nearly independent
         weights = group.params[0].get_value()
         first = 0
         for layer in group.layers:

@@ -232,7 +232,7 @@ def test_moments_of_a_flow_that_is_not_gaussian(normal, python):
     away = x - x.mean(axis=0)
     products = away[:, :, None] * away[:, None, :]
     mean, cov, std = (v.eval(mode=python) for v in (approx.mean, approx.cov, approx.std))
-    # the moments' own error is that of 8192 draws at most, so 4 standard errors of both
+    # 4 standard errors; the moments come from 8192 quasi-random draws
     errors = 4 * np.sqrt(1 / n_draws + 1 / 8192)
     assert (np.abs(mean - x.mean(axis=0)) < errors * x.std(axis=0)).all()
     assert (np.abs(cov - products.mean(axis=0)) < errors * products.std(axis=0)).all()
