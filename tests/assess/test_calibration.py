@@ -90,6 +90,7 @@ def fits(monkeypatch):
     return made
 
 
+@pytest.mark.fit
 def test_an_interrupted_calibration_continues(tmp_path, fits, python):
     path = tmp_path / "ranks.jsonl"
     whole = calibrate(conjugate(), path=path, **QUICK)

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import speed, stepping
 
 
+@pytest.mark.fit
 def test_every_step_is_timed(python):
     with pm.Model() as model:
         pm.Normal("x", shape=2)

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 from pymc_flows.bijections import Additive, InverseAutoregressive, MaskedAutoregressive
 
 
+@pytest.mark.fit
 @over_scales
 @pytest.mark.parametrize("hidden", [(4,), (6, 6)], ids=str)
 def test_autoregressive_layers_agree_with_flowjax(hidden, scale):

@@ -336,6 +336,7 @@ def test_the_warp_plot_covers_the_base_space(python):
     assert collection is not None
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @over_bases
 def test_gradients_are_unbiased(base, gradient, python):

@@ -232,6 +232,7 @@ def test_a_single_weight_and_many(n, layers):
     assert_allclose(log_q, log_q_w_and_z - log_r, rtol=1e-10)
 
 
+@pytest.mark.fit
 def test_single_precision_is_enough_for_a_long_correlated_side():
     found = {}
     for dtype in ("float64", "float32"):

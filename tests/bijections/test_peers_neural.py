@@ -100,6 +100,7 @@ def test_the_error_of_the_solver_falls_with_the_fourth_power_of_the_step():
         assert (ratios < 2**4.8).all()
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
 def test_adaptive_steps_keep_the_error_near_the_tolerance(tolerance):
     peer = reference("zuko", "continuous")

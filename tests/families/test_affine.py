@@ -59,6 +59,7 @@ def test_low_rank_and_diagonal_start_as_the_same_map():
     assert_allclose(found[0][1], found[1][1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.fit
 def test_low_rank_fits_a_shared_factor_and_a_narrow_direction(python):
     """A Gaussian of known evidence 0, so that the mean log weight is minus the divergence."""
     rng = np.random.default_rng(0)

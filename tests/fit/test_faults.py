@@ -9,6 +9,8 @@ from numpy.testing import assert_allclose
 from pymc_flows import NFVI
 from pymc_flows.fit.density import LogDensityAndScore
 
+pytestmark = pytest.mark.fit
+
 QUICK = {"obj_n_mc": 32, "progressbar": False}
 
 

@@ -23,6 +23,8 @@ from pymc_flows import (
 from pymc_flows.bijections import Loc
 from pymc_flows.fit.objective import GRADIENTS
 
+pytestmark = pytest.mark.fit
+
 # backends that compile for up to a minute
 SLOW_BACKENDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("c", "numba")]
 # short fits; draws are weighed in batches of a step's draws

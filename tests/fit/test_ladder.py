@@ -16,6 +16,8 @@ from pymc.variational.callbacks import CheckParametersConvergence, Tracker
 from pymc_flows import NFVI, NormalizingFlow
 from pymc_flows.fit.ladder import MORE_DRAWS, MORE_LAYERS
 
+pytestmark = pytest.mark.fit
+
 
 @pytest.mark.fit
 @pytest.mark.parametrize("annealing", [0, 3])

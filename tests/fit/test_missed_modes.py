@@ -11,6 +11,8 @@ from pymc_flows.fit.missed_modes import warn_of_missed_modes
 from pymc_flows.fit.weighing import WeighedDraws
 from pymc_flows.posterior.record import FitStats
 
+pytestmark = pytest.mark.fit
+
 MODES = np.array([[-4.0], [4.0]])
 
 

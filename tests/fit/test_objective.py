@@ -15,6 +15,8 @@ from pymc_flows import FlowApproximation, NormalizingFlow
 from pymc_flows.fit.density import LogDensityAndScore
 from pymc_flows.fit.objective import build_objective
 
+pytestmark = pytest.mark.fit
+
 N_DRAWS = 3
 
 

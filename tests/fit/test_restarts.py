@@ -8,6 +8,8 @@ from numpy.testing import assert_allclose
 
 from pymc_flows import NFVI
 
+pytestmark = pytest.mark.fit
+
 
 def test_restarts_that_agree_are_reported(normal, python):
     with normal:

@@ -137,6 +137,7 @@ def amortised_by(context, data=(-1.0, 0.3, 2.0)):
     return FlowApproximation([group], model=built, random_seed=1)
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize(
     "context",
     [

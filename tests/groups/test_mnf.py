@@ -92,6 +92,7 @@ def loss_function(approx, n_draws, gradient="stl"):
     ), objective
 
 
+@pytest.mark.fit
 @of_kinds
 @pytest.mark.parametrize("gradient", ["stl", "reparameterization"])
 def test_the_gradient_is_that_of_the_loss(gradient, kind):
@@ -112,6 +113,7 @@ def test_the_gradient_is_that_of_the_loss(gradient, kind):
         assert_allclose(found[i], (losses[0] - losses[1]) / 2e-5, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.fit
 def test_other_groups_keep_their_own_gradient():
     model = network()
     with model:

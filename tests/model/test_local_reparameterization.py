@@ -268,6 +268,7 @@ def test_a_long_matrix_is_independent_and_sampled_by_products(python):
     assert np.isfinite(approx.hist).all()
 
 
+@pytest.mark.fit
 def test_squares_of_small_integers_do_not_overflow():
     """Data may also have the name of a matrix, and a flat prior has no gradient."""
     pixels = np.array([[200, 100, 250], [0, 1, 255]], dtype="uint8")
@@ -288,6 +289,7 @@ def test_squares_of_small_integers_do_not_overflow():
 # ------------------------------------------------------------------------------- loss and gradient
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("build", [one_layer, weights_on_the_left, loadings, loadings_on_the_left])
 def test_loss_equals_the_papers_formula(build):
     """Louizos & Welling 2017, algorithm 1, in NumPy, with a draw of W for the prior and q."""
@@ -330,6 +332,7 @@ def flat_part(layer, flat, name):
     raise KeyError(name)
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("gradient", ["stl", "reparameterization"])
 @pytest.mark.parametrize("build", [one_layer, weights_on_the_left, network])
 def test_gradient_equals_finite_differences_of_the_loss(build, gradient):
@@ -468,6 +471,7 @@ def test_refine_on_more_data_has_more_noise(python):
     assert inference.approx.hist.size == 6
 
 
+@pytest.mark.fit
 def test_minibatches_estimate_the_loss_of_all_data(python):
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(40, 3))
@@ -497,6 +501,7 @@ def test_minibatches_estimate_the_loss_of_all_data(python):
     assert abs(np.mean(whole) - np.mean(parts)) < 4 * error
 
 
+@pytest.mark.fit
 def test_a_loop_over_draws_gives_the_same_loss():
     _, objective, function = compiled_local(network)
     noise = noise_of(objective, np.random.default_rng(2))

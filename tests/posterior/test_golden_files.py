@@ -66,6 +66,7 @@ def test_weights_and_history_are_the_files(path):
     assert_array_equal(approx.rng.get_state()[1], written["rng"])
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_draws_are_those_of_the_version_that_saved(path, python):
     assert_draws_as_kept(path, loaded(path))
@@ -92,6 +93,7 @@ def test_draws_on_numba_are_those_of_the_version_that_saved():
     assert_draws_as_kept(path, approx)
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("folder", FORMATS, ids=label)
 def test_a_fit_of_each_format_trains_further(folder, python):
     approx = loaded(folder / "realnvp.nc")

@@ -94,6 +94,7 @@ def test_a_density_that_is_nowhere_finite_is_an_error():
         find_start(nowhere, np.zeros(2), np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_beyond_full_covariances_a_low_rank_is_found():
     settings = StartSettings(full_max_dim=100, thorough_max_dim=100)
     covariance = correlated(150)
@@ -140,6 +141,7 @@ def state_space(n, seed):
     return target, np.logaddexp.reduce(terms) + np.log(grid[1] - grid[0])
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize(("n", "seed"), [(30, 0), (60, 1), (60, 2), (120, 1)])
 def test_the_search_leaves_a_spike_without_mass(n, seed):
     """At the ends of the L-BFGS runs the ELBO is 5.7 nats or more below the log evidence.
