@@ -41,7 +41,7 @@ def test_ranks_of_exact_posteriors_are_uniform(python):
     assert not found.failures
 
 
-@pytest.mark.fit
+@pytest.mark.slow
 def test_summary_shows_fits_that_are_too_narrow(python):
     """Without steps or initialisation, q is a standard normal at the prior's mean for all data."""
     found = calibrate(

@@ -258,7 +258,7 @@ def test_weights_with_a_multiplier_each_start_around_the_start(python):
     assert exact - 0.5 < entropy < exact
 
 
-@pytest.mark.fit
+@pytest.mark.slow
 def test_multipliers_of_weights_fit_correlations_between_matrices(python):
     """The data see the sum of two weights, which multipliers of rows fit separately."""
     rng = np.random.default_rng(2)
@@ -386,7 +386,7 @@ def test_predictions_at_new_inputs(python):
     assert_allclose(predicted.posterior_predictive["mean"].values[0], expected[..., 0], rtol=1e-6)
 
 
-@pytest.mark.fit
+@pytest.mark.slow
 @pytest.mark.parametrize("vectorize", [None, True])
 def test_minibatches_estimate_the_loss_of_all_data(vectorize, python):
     rng = np.random.default_rng(0)
