@@ -1,6 +1,6 @@
 """The cost of each family: from a finished model to the first step, and of a step.
 
-The model is a correlated Gaussian in 10 and 100 dimensions, with 128 draws a step. Each family
+The model is a correlated Gaussian in 10 and 100 dimensions, with 128 draws per step. Each family
 has its default size and a process of its own. ::
 
     python -m benchmarks.families --output benchmarks/results/families.md
@@ -74,7 +74,7 @@ def main() -> None:
     lines = [
         "# The cost of each family",
         "",
-        f"Made by `python -m benchmarks.families`: JAX, imports excluded, {DRAWS} draws a step, "
+        f"Made by `python -m benchmarks.families`: JAX, imports excluded, {DRAWS} draws per step, "
         f"default sizes; the median of {options.repeats} process(es) each.",
         f"{describe('jax')}.",
         "",

@@ -1,10 +1,10 @@
 """The cost of a training step, beside FlowJAX or an older checkout, and of the first step.
 
-A step is timed on eight schools with RealNVP: 8 couplings, 2 x 32 tanh units, 128 draws a step,
+A step is timed on eight schools with RealNVP: 8 couplings, 2 x 32 tanh units, 128 draws per step,
 float64. FlowJAX runs the same sizes; ours has a full affine map on top. Our default gradient is
 sticking the landing; a further row has the plain reparametrization gradient. All take blocks of
-steps in turn, so the ratios hold on a noisy machine. First steps are timed in fresh processes,
-from the finished model to the end of the step, imports excluded; on numba with an empty cache,
+steps in turn, so the ratios hold on a noisy machine. First steps are timed in fresh processes, from
+the finished model to the end of the step, imports excluded; on numba with an empty cache,
 then with the cache that this left. ::
 
     python -m benchmarks.speed --output benchmarks/results/speed.md

@@ -1,4 +1,4 @@
-"""Earlier states of a fit, to return to or to end with."""
+"""Saved states of a fit: the first one and the best one so far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 State = list[np.ndarray]
 
-# nats by which a window of losses must exceed the best one's to count as divergence
+# nats by which the median loss of a window must exceed that of the best window for divergence
 DIVERGED = 2.0
 
 
@@ -22,7 +22,7 @@ class Checkpoints:
     params : sequence of shared variables
         The trained parameters.
     window : int
-        Steps whose median loss is compared.
+        Number of steps in a window; windows are compared by their median loss.
     """
 
     def __init__(self, params: Sequence[Any], window: int = 50) -> None:
@@ -34,12 +34,12 @@ class Checkpoints:
         return [np.array(p.get_value(borrow=True)) for p in self.params]
 
     def restore(self) -> bool:
-        """Return to the best state; say whether there are parameters to restore."""
+        """Restore the best state; return whether there are parameters."""
         set_values(self.params, self.best)
         return bool(self.params)
 
     def has_diverged(self, losses: np.ndarray) -> bool:
-        """Record the last window of losses; whether it is far worse than the best one."""
+        """Record the last window of losses; return whether it is far worse than the best one."""
         if losses.size % self.window:
             return False
         recent = losses[-self.window :]
@@ -54,7 +54,7 @@ class Checkpoints:
         return middle > self.best_loss + max(DIVERGED, 2 * spread)
 
     def candidates(self) -> dict[str, State]:
-        """States among which the end of a stage chooses, by name."""
+        """Return the states, by name, from which the end of a stage selects one."""
         found = {"last": self._state(), "first": self.first}
         if math.isfinite(self.best_loss):
             found["best window"] = self.best
@@ -62,13 +62,13 @@ class Checkpoints:
 
 
 def set_values(params: Sequence[Any], values: Sequence[np.ndarray]) -> None:
-    """Give shared variables copies of values."""
+    """Set shared variables to copies of values."""
     for param, value in zip(params, values, strict=True):
         param.set_value(value.copy())
 
 
 def to_numpy(shared: Sequence[Any]) -> None:
-    """Turn JAX arrays in shared variables into NumPy's, so that other backends can read them."""
+    """Convert JAX arrays in shared variables to NumPy's, so that other backends can read them."""
     for variable in shared:
         if hasattr(variable, "container"):
             variable.set_value(np.asarray(variable.get_value(borrow=True)))

@@ -24,7 +24,7 @@ class LogDensityAndScore:
     Parameters
     ----------
     approx : FlowApproximation
-        Says where in a point each variable lies.
+        Its groups determine the order of the variables in a point.
     n_draws : int
         Points a call; static, so that JAX can compile.
     vectorize : bool, optional
@@ -37,7 +37,7 @@ class LogDensityAndScore:
     Attributes
     ----------
     evaluations : int
-        Points evaluated so far, including those that fill up a batch.
+        Points evaluated so far, including the copies that fill up a batch.
     fell_back : bool
         Whether JAX was asked for and could not compile the density.
     """
@@ -79,9 +79,9 @@ class TransformedDensity:
     Parameters
     ----------
     density : LogDensityAndScore
-        Of x.
+        Log density and score of x.
     bijection : Bijection
-        With its initial weights.
+        The bijection, at its initial weights.
     backend, compile_kwargs
         As in :func:`pymc_flows.backend.compilation.compile_function`.
     """
@@ -111,7 +111,7 @@ class TransformedDensity:
         )
 
     def with_bijection(self, bijection: Bijection) -> TransformedDensity:
-        """Take an equal bijection with other initial weights; nothing is compiled."""
+        """Return the density for an equal bijection with other weights, without compiling."""
         other = copy.copy(self)
         other.bijection, other.weights = bijection, initial_weights(bijection)
         return other
@@ -131,13 +131,13 @@ class TransformedDensity:
     def _evaluate(self, y: np.ndarray) -> Any:
         y = floatX(y)
         log_p, score = self.density(np.asarray(self.function(y, 0 * y, self.weights)[0]))
-        # a score that is not finite stays so under any linear map
+        # a linear map keeps a score that is not finite as it is: not finite
         _, log_det, score_y = self.function(y, floatX(score), self.weights)
         return log_p + np.asarray(log_det), score_y
 
 
 def _in_batches(function: Callable[[np.ndarray], Any], points: np.ndarray, size: int) -> Pair:
-    """Apply a function of ``size`` points to any number; the last batch repeats its last point."""
+    """Apply a function of ``size`` points in batches; the last batch repeats its last point."""
     parts = []
     for start in range(0, len(points), size):
         rows = points[start : start + size]

@@ -1,4 +1,4 @@
-"""Says which variable is not finite when a fit fails."""
+"""Report the variables that are not finite when a fit fails."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def explain_failure(approx: FlowApproximation, message: str, n_draws: int = N_DR
     Parameters
     ----------
     approx : FlowApproximation
-        What was fitted.
+        The approximation whose fit failed.
     message : str
-        What happened.
+        The error message so far.
     n_draws : int
-        Draws to evaluate.
+        Number of draws to evaluate.
     """
     model = approx.model
     noise, x, _ = approx.draws_and_log_q(n_draws)
@@ -64,5 +64,5 @@ def explain_failure(approx: FlowApproximation, message: str, n_draws: int = N_DR
     variables = ", ".join(repr(name) for name in names)
     return (
         f"{message} The model's log density and gradient are finite, so the update of the "
-        f"approximation of {variables} is not: is the learning rate finite, and small enough?"
+        f"approximation of {variables} is not finite: lower the learning rate"
     )

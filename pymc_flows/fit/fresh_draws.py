@@ -1,4 +1,4 @@
-"""Fresh draws during a fit, weighed by whichever compiled function is at hand."""
+"""Fresh draws during a fit, weighed by a function that is already compiled."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from pymc_flows.statistics.importance import log_weights
 
 
 class FreshDraws:
-    """Makes fresh draws of an approximation and weighs them.
+    """Make fresh draws of an approximation and compute their importance weights.
 
     Parameters
     ----------
     approx : FlowApproximation
-        What is fitted; its generator seeds the draws.
+        The approximation being fitted; its generator seeds the draws.
     recorder : Recorder
-        Counts the gradients.
+        Counts gradient evaluations.
 
     Attributes
     ----------
     density : LogDensityAndScore or None
-        The model's density, if it is compiled by itself.
+        The model's density, if it is compiled as a function of its own.
     step : Step or None
-        The present step, which can weigh draws too.
+        The current step, which can also weigh draws.
     records_ess : bool
-        Whether a decision's effective sample size is recorded. With products drawn in place of
-        weights, log weights are not those of one draw.
+        Whether :meth:`decide` records the effective sample size. It is false with local
+        reparameterization, because a log weight is then not that of one draw of the matrices.
     """
 
     def __init__(self, approx: FlowApproximation, recorder: Recorder) -> None:
@@ -50,15 +50,15 @@ class FreshDraws:
         return int(self.approx.rng.randint(2**30))
 
     def few(self) -> WeighedDraws:
-        """Weigh a few draws."""
+        """Weigh :data:`FEW_DRAWS` draws."""
         return self.weigh(self.seed(), FEW_DRAWS)
 
     def many(self) -> WeighedDraws:
-        """Weigh many draws."""
+        """Weigh :data:`MANY_DRAWS` draws."""
         return self.weigh(self.seed(), MANY_DRAWS)
 
     def decide(self) -> WeighedDraws:
-        """Weigh many draws, four times as many if one heavy draw could decide; record their ess."""
+        """Weigh many draws, or four times as many if their weights are uneven; record the ess."""
         drawn = self.many()
         if drawn.change.ess < THRESHOLDS.doubtful_ess:
             drawn = self.weigh(self.seed(), 4 * MANY_DRAWS)
@@ -73,7 +73,8 @@ class FreshDraws:
         if step is not None and (step.n_draws >= BATCH or step.densities or self.density is None):
             return step.weigh(seed, -(-n_draws // step.n_draws))
         assert self.density is not None
-        # one size of batches, because each is compiled; all counts of draws are multiples of it
+        # all batches have one size, because each size is compiled; numbers of draws are its
+        # multiples
         flow, rng = self.approx.flow_function(FEW_DRAWS), np.random.default_rng(seed)
         shapes = [(FEW_DRAWS, member.noise_dim) for member in self.approx.members]
         parts: list[Any] = [

@@ -1,4 +1,4 @@
-"""NFVI: what ``pm.fit`` runs for a flow."""
+"""NFVI, the inference that ``pm.fit`` runs for a flow."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from pymc_flows.model.structure import largest_factored_side
 from pymc_flows.posterior.approximation import FlowApproximation, NormalizingFlow
 from pymc_flows.posterior.record import FitStats
 
-# learning rate of ``refine``, as a share of the fit's
+# learning rate of ``refine``, as a fraction of the fit's learning rate
 REFINE_RATE = 0.2
-# longest side of a matrix whose factorisation several threads do not speed up
+# largest side of a matrix whose factorisation is not faster with several threads
 SMALL_SIDE = 256
 # options of PyMC's other methods, which a flow ignores with a warning
 IGNORED_OPTIONS = ("tf_n_mc", "test_optimizer", "more_tf_params")
@@ -46,17 +46,18 @@ class NFVI(Inference):
     ----------
     flow : str, Bijection, list of Group, or Approximation, default "flow"
         A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, a
-        ready bijection; or groups (flows or PyMC's own) that together have all variables; or an
-        approximation to fit further. ``"mnf"`` takes the matrices, and mean field the rest.
+        bijection; groups (flows or PyMC's own) that together contain all free variables; or an
+        approximation to train further. ``"mnf"`` fits the matrices, and mean field the other
+        variables.
     model : Model, optional
         Taken from the context otherwise.
     random_seed : int, optional
         The same seed gives the same fit, on one backend and machine.
     start : dict, DataTree or Approximation, optional
-        Where the fit starts: constrained values by variable; draws of all variables; or an earlier
+        Where the fit starts: constrained values by variable, draws of all variables, or an earlier
         approximation. The model's initial point by default.
     **options
-        The family's, such as ``n_layers=8``.
+        Options of the family, such as ``n_layers=8``.
 
     Raises
     ------
@@ -121,15 +122,17 @@ class NFVI(Inference):
         Returns
         -------
         FlowApproximation
-            Also at ``self.approx``; its ``fit_stats`` say what the fit took.
+            The fitted approximation, which is also ``self.approx``. Its ``fit_stats`` record the
+            cost of the fit.
 
         Raises
         ------
         FloatingPointError
-            If no start is found, or steps keep being not finite; names the variable.
+            If no start is found, or 50 steps in a row are not finite. The message names the
+            variables.
         ValueError, TypeError
-            If an option is unknown or impossible; if the posterior is improper, naming the
-            variable.
+            If an option is unknown or out of range, or the posterior is improper. The message names
+            the option or the variable.
 
         Examples
         --------
@@ -171,7 +174,7 @@ class NFVI(Inference):
         *,
         learning_rate: float | None = None,
     ) -> None:
-        """Continue the fit with its compiled step, its optimizer's memory and its noise.
+        """Continue the fit with its compiled step, its optimizer's state and its stream of noise.
 
         Parameters
         ----------
@@ -180,12 +183,12 @@ class NFVI(Inference):
         progressbar, progressbar_theme
             As in ``pm.fit``.
         learning_rate : float, optional
-            Highest rate of a new schedule; by default a fifth of the fit's.
+            Peak learning rate of a new schedule, by default a fifth of the fit's.
 
         Raises
         ------
         TypeError
-            If there was no fit.
+            If :meth:`fit` was not called before.
         """
         if self._ladder is None:
             raise TypeError("Need to call `.fit` first")
@@ -232,13 +235,14 @@ class NFVI(Inference):
 
 
 def _few_threads(model: pm.Model, options: FitOptions) -> Any:
-    """Limit JAX's linear algebra to one thread if matrices are small: others would busy-wait.
+    """Limit JAX's linear algebra to one thread if matrices are small.
 
-    Matrix products are XLA's own; it distributes them among threads itself.
+    Other threads would only busy-wait. Matrix products are not affected: XLA computes them, and
+    distributes them among threads itself.
     """
     on_jax = prefers_jax(options.backend, options.compile_kwargs)
     if on_jax and largest_factored_side(model) <= SMALL_SIDE:
-        # JAX calls SciPy's library, and only a loaded library can be limited
+        # JAX calls SciPy's linear-algebra library, and only a loaded library can be limited
         importlib.import_module("scipy.linalg")
         return threadpool_limits(1, user_api="blas")
     return contextlib.nullcontext()
@@ -250,7 +254,8 @@ def _joint(flow: Any, model: pm.Model | None, random_seed: int | None) -> FlowAp
         if random_seed is not None:
             flow.rng = np.random.RandomState(random_seed)
             for member, seed in _unseeded(flow, random_seed):
-                # the present weights stay; those after a search for a start are drawn from the seed
+                # the current weights stay; the seed determines the weights that a search for a
+                # start draws
                 member.reset_rng(seed)
         return flow
     if isinstance(flow, Approximation):
@@ -268,7 +273,7 @@ def _joint(flow: Any, model: pm.Model | None, random_seed: int | None) -> FlowAp
 
 
 def _unseeded(approx: FlowApproximation, random_seed: int) -> list[tuple[Any, int]]:
-    """Groups that the user gave no seed of their own, with seeds."""
+    """Return the groups to which the user gave no seed, each with a seed."""
     seeds = np.random.SeedSequence(random_seed).generate_state(len(approx.members))
     pairs = zip(approx.members, map(int, seeds), strict=True)
     return [(member, seed) for member, seed in pairs if not member.seeded]

@@ -1,4 +1,4 @@
-"""The sequence of a fit: a start, an affine map, a flow, a larger flow, until one fits."""
+"""The stages of a fit: a start, an affine map, a flow and a larger flow, until weights are even."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from pymc_flows.posterior.record import FitStats
 from pymc_flows.statistics.criteria import weights_are_even
 from pymc_flows.statistics.importance import WeightedChange
 
-# factor on the draws a step in the second stage
+# factor by which the second stage increases the draws per step
 MORE_DRAWS = 8
-# layers that a flow gains in the second stage
+# layers that the second stage adds to a flow
 MORE_LAYERS = 4
 # steps of annealing if the search found several modes and the base has no components for them
 ANNEALING = 500
-# draws by which states are compared at the end of a stage
+# draws on which states are compared at the end of a stage
 CHOICE_DRAWS = 1024
-# multipliers of a step (one for each draw, row of the data and row of a matrix) that fit into
-# memory
+# largest number of multipliers in a step (draws times rows of the data times rows of the matrices),
+# which bounds its memory
 MAX_MULTIPLIERS = 2**21
 
 
@@ -48,13 +48,13 @@ class Ladder:
     Parameters
     ----------
     approx : FlowApproximation
-        What is fitted; its ``fit_stats`` are kept up to date.
+        The approximation to fit; its ``fit_stats`` are kept up to date.
     options : FitOptions
-        What was asked for.
+        The options of the fit.
     density : LogDensityAndScore, optional
-        Of an earlier fit with the same options, which need not be compiled again.
+        Compiled density of an earlier fit with the same options, used again.
     annealing : int, optional
-        Takes the place of the option, which has the default None.
+        Annealing steps, by default those of ``options``.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ class Ladder:
                 self.stats.stopped = str(after.because(before=self.stats.stopped))
 
     def refine(self, n: int, rate: float) -> None:
-        """Train further with the present step, its memory and noise, if the data still fit them."""
+        """Train further with the current step, or with a new one if the number of rows changed."""
         step = self.step
         if step is None or self._rows_changed():
             step = self._compile_step(self.options.n_draws)
@@ -134,7 +134,7 @@ class Ladder:
             self._finish(0)
 
     def weigh(self) -> WeighedDraws:
-        """Weigh fresh draws of the present state, for a decision."""
+        """Weigh fresh draws of the current state."""
         with self.recorder.timed("training"):
             return self.fresh.decide()
 
@@ -149,15 +149,16 @@ class Ladder:
     def has_scores(self) -> bool:
         """Whether all groups have scores.
 
-        Groups of weight matrices have none. Their posterior has no one Gaussian to start from, and
-        weights of W and z jointly may be uneven where those of W are not.
+        Groups of weight matrices (mnf) have none. Their posterior has no single Gaussian to start
+        from. Their importance weights are those of W and z jointly, which may be uneven even if the
+        weights of W alone are even.
         """
         return all(member.has_score for member in self.approx.members)
 
-    # Rungs.
+    # Stages.
 
     def _place(self) -> None:
-        """Put the groups where the search finds the posterior, unless they were fitted before."""
+        """Place the groups where the search finds a Gaussian, unless they were fitted before."""
         members = self.approx.members
         self.resumed = any(member.fitted for member in members)
         if self.resumed:
@@ -181,7 +182,7 @@ class Ladder:
                 member.fitted = True
 
     def _finish(self, n_left: int) -> None:
-        """Go on with a larger flow and more draws if weights are uneven; warn if they stay so."""
+        """Run a second stage, with a larger flow and more draws, if weights are uneven."""
         options, drawn = self.options, self.weigh()
         over = self.placed is None or self.interrupted or self.called_off or n_left < LEAST_STEPS
         if options.may_grow and not over and not weights_are_even(drawn.change):
@@ -227,12 +228,12 @@ class Ladder:
         self.recorder.add(run, step.n_draws)
 
     def _choose_state(self, step: Step, run: TrainingRun, even_elbo: float | None) -> None:
-        """Keep the last state if its weights are even, else the one with the highest fresh ELBO."""
+        """Keep the last state if its weights are even, or else the one with the highest ELBO."""
         if self.placed is None and not self.resumed and not self.losses.size:
-            # the first state is no start that the fit must not fall behind
+            # without a search, the first state is arbitrary, so it is no candidate
             run.states.pop("first", None)
         if even_elbo is not None:
-            # other states have little to gain
+            # the weights are even, so no other state can be much better
             run.states = {"last": run.states["last"]}
             self.stats.elbo, self.stats.state = even_elbo, "last"
         if len(run.states) < 2:
@@ -250,17 +251,17 @@ class Ladder:
         self.stats.elbo, self.stats.state = found.get(best, math.nan), best
 
     def _annealing(self) -> int:
-        """Steps of annealing in the first stage."""
+        """Return the number of annealing steps in the first stage."""
         options = self.options
         if options.kl_warmup:
             return 0
         if self._annealing_asked is not None:
             return self._annealing_asked
         several = self.placed is not None and len(self.placed.start.modes) > 1
-        # components that are at the modes need not find them
+        # the components of a mixture base start at the modes
         if not several or any(member.has_mixture_base for member in self.approx.members):
             return 0
-        # enough steps must be left to fit what annealing found
+        # the remaining steps must fit the modes that annealing found
         return min(ANNEALING, options.n // 3)
 
     # Compiled functions.
@@ -328,7 +329,7 @@ class Ladder:
         return self.step
 
     def _local_draws(self, split: bool, n_draws: int) -> LocalDraws | None:
-        """Products that are drawn in place of weights, if the model and the options allow it."""
+        """Find the products to sample instead of weights, if the model and the options allow it."""
         options = self.options
         asked = options.local_reparameterization
         if asked and self.has_scores:
@@ -351,7 +352,7 @@ class Ladder:
         return found if found.names and not too_many else None
 
     def _rows_changed(self) -> bool:
-        """Whether the data have another number of rows than the noise of the present step."""
+        """Whether the number of rows of the data differs from that of the current step's noise."""
         if self._local is None:
             return False
         n_draws = self._local.noise[0].type.shape[0]
@@ -367,6 +368,6 @@ class Ladder:
             f"the draws): they would move the mean of {names[shifted]} by "
             f"{change.mean_shift[shifted]:.2f} sd, change the variance of {names[changed]} by "
             f"{change.variance_change[changed]:.0%}, and move the quantiles of {names[bent]} by "
-            f"{change.w1[bent]:.2f} sd on average; where the fit has no draws, more. Compare with "
-            "pm.sample before trusting it, or try another family"
+            f"{change.w1[bent]:.2f} sd on average. Errors where the fit has no draws are not "
+            "included. Compare with pm.sample before trusting the fit, or try another family"
         )

@@ -1,4 +1,4 @@
-"""Modes that the search for a start found and the fit leaves out."""
+"""Modes that the search for a start found and the fit misses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pymc_flows.statistics.criteria import THRESHOLDS
 
 # draws around each mode by which its share is estimated
 N_DRAWS = 256
-# nats at which the log of a share is capped: a share beyond all bounds counts as one of the whole
+# upper limit on the log of a share, in nats, so that its exponential does not overflow
 LARGEST_LOG_SHARE = 100.0
 
 
@@ -32,20 +32,20 @@ def warn_of_missed_modes(
     drawn: WeighedDraws,
     stats: FitStats,
 ) -> None:
-    """Record and warn of modes, if there are several, that the fit leaves out.
+    """Record how many of several modes the fit misses, and warn of them.
 
     Parameters
     ----------
     approx : FlowApproximation
-        The fit.
+        The fitted approximation.
     density : LogDensityAndScore
-        Of the model.
+        Log density of the model.
     modes : ndarray
         (modes, dim), unconstrained.
     drawn : WeighedDraws
-        Of the fit.
+        Draws of the fit.
     stats : FitStats
-        Gets ``modes_missed``.
+        Its ``modes_missed`` is set.
     """
     if len(modes) < 2:
         return
@@ -60,20 +60,20 @@ def warn_of_missed_modes(
         )
     except NotImplementedInference:
         warn_user(
-            f"the search for a start ended in {len(modes)} places apart from each other: "
-            f"the posterior may have several modes, of which the fit may miss some. {advice}"
+            f"the search for a start ended in {len(modes)} distinct places: "
+            f"the posterior may have several modes, and the fit may miss some of them. {advice}"
         )
         return
     stats.modes_missed = missed
     if missed:
         warn_user(
             f"the fit misses {missed} of the {len(modes)} modes that the search for a "
-            f"start found, each with more than 2% of what it covers. {advice}"
+            f"start found; each of these has more than 2% of the mass that it covers. {advice}"
         )
 
 
 def _is_missed(approx, density, mode, spread, noise, log_evidence) -> bool:
-    """Whether the fit has too little density at a mode, and loses too large a share around it."""
+    """Whether the fit's density is too low at a mode and misses too large a share around it."""
     local = gaussian_at_mode(density, mode, spread, noise)
     x = np.concatenate([mode[None], local.draws(noise)])
     log_p = density(x)[0] - log_evidence
@@ -81,7 +81,7 @@ def _is_missed(approx, density, mode, spread, noise, log_evidence) -> bool:
     left_out = np.isfinite(log_p) & (ratio > THRESHOLDS.mode_log_ratio)
     share = np.exp(np.minimum(log_p[1:] - local.log_density(noise), LARGEST_LOG_SHARE))
     lost = share[left_out[1:]].sum() / noise.shape[0]
-    # if the fit has the mode itself, what is lost around it is its edges
+    # if the fit covers the mode itself, it misses only the edges of the mass around it
     return bool(left_out[0] and lost > THRESHOLDS.mode_share)
 
 

@@ -22,7 +22,7 @@ GRADIENTS = ("stl", "reparameterization", "dreg")
 """Names of the gradient estimators; see :func:`build_objective`."""
 
 Replacements = Mapping[Variable, Variable]
-# share of a draw's weight from which on the bound without it is no longer computed exactly
+# upper limit on one draw's share of the weights, when the bound without that draw is computed
 LARGEST_SHARE = 1 - 1e-6
 
 
@@ -48,7 +48,8 @@ def density_and_score(
     Returns
     -------
     list of TensorVariable
-        With ``local`` also the gradients in its multipliers, means and standard deviations.
+        With ``local``, also the gradients with respect to its multipliers, means and standard
+        deviations.
     """
     prior, likelihood = log_density(
         approx, x, vectorize, more_replacements, jacobian=jacobian, local=local
@@ -56,10 +57,10 @@ def density_and_score(
     log_p: Any = prior + likelihood
     if local is None:
         return [log_p, pt.grad(log_p.sum(), x)]
-    # Means and standard deviations are common to all draws. If one draw's gradient in them is not
-    # finite, the step's is not, and the step is skipped.
+    # All draws share the means and standard deviations. If the gradient of one draw with respect to
+    # them is not finite, neither is the gradient of the step, and the step is skipped.
     total = pt.switch(pt.isfinite(log_p), log_p, 0).sum()
-    # a flat prior has no gradient, and the likelihood no longer depends on the weights
+    # a flat prior does not depend on the weights, and with sampled products nor does the likelihood
     scores: Any = pt.grad(
         total,
         [x, *local.multipliers, *local.means, *local.sds],
@@ -102,20 +103,19 @@ class Objective:
     Attributes
     ----------
     noise : list of TensorVariable
-        Inputs: base noise (draws, noise_dim) of each group, and noise of products that are drawn in
-        place of weights.
+        Inputs: base noise (draws, noise_dim) of each group, and the noise of sampled products.
     temper : TensorVariable
-        Input: power to which the model's density is raised. 1 is the posterior, less is flatter
-        (Rezende & Mohamed 2015, section 6.1).
+        Input: power to which the model's density is raised. 1 gives the posterior, and smaller
+        powers a flatter density (Rezende & Mohamed 2015, section 6.1).
     kl_weight : TensorVariable
-        Input: weight of ``log q`` less the log prior beside the log likelihood. 1 is the posterior;
-        other values need an objective built with ``warmed``.
+        Input: weight of ``log q - log prior``, where the log likelihood has weight 1. 1 gives the
+        posterior; other values need an objective built with ``warmed``.
     x : TensorVariable
         The draws (draws, dim), unconstrained.
     density : list of TensorVariable
-        With ``split``, inputs for log p (draws,) and its score (draws, dim) at ``x``; with
-        ``annealed`` also for both without the transforms' Jacobians. Without ``split`` there are
-        none, because the model is part of the graph.
+        Inputs, with ``split``: log p (draws,) and its score (draws, dim) at ``x``; with
+        ``annealed``, also both without the transforms' Jacobians. The list is empty without
+        ``split``, because the model is then part of the graph.
     loss : TensorVariable
         Negative ELBO: the mean over the valid draws of ``log q - temper log p``, in nats, divided
         by the minibatch's scaling if ``approx.scale_cost_to_minibatch`` is set, as PyMC does. With
@@ -127,7 +127,7 @@ class Objective:
     params : list of Variable
         The trainable variables.
     gradients : list of TensorVariable
-        Gradient of the loss in each of them.
+        Gradient of the loss with respect to each parameter.
     """
 
     noise: list[TensorVariable]
@@ -155,28 +155,28 @@ def build_objective(
     more_replacements: Replacements | None = None,
     local: LocalDraws | None = None,
 ) -> Objective:
-    """Write down the negative ELBO of an approximation and an estimate of its gradient.
+    """Build the negative ELBO of an approximation and an estimate of its gradient.
 
     Parameters
     ----------
     approx : Approximation
-        Any groups that have densities.
+        Its groups must have densities.
     n_draws : int
         Monte Carlo draws; static, so that JAX can compile.
     gradient : {"stl", "reparameterization", "dreg"}, default "stl"
         ``stl``, sticking the landing, leaves out the part of the reparametrization gradient that is
         zero on average; its variance is zero if q is the posterior (Roeder et al. 2017,
         arXiv:1703.09194). Groups without a score (mnf) get the whole gradient.
-        ``dreg``, doubly reparametrized, is that of the importance-weighted bound over the draws
-        (Tucker et al. 2019, arXiv:1810.04152, eq. 8).
+        ``dreg`` is the doubly reparametrized gradient of the importance-weighted bound over the
+        draws (Tucker et al. 2019, arXiv:1810.04152, eq. 8).
     split : bool, default False
-        Leave the model out: its log density and score are inputs.
+        Leave the model out of the graph; its log density and score are inputs.
     annealed : bool, default False
-        Leave the Jacobians of the model's transforms untempered: the density of a bounded variable
-        becomes flat between its bounds, and not on the whole line.
+        Do not temper the Jacobians of the model's transforms. The density of a bounded variable
+        then becomes flat between its bounds instead of on the whole line.
     warmed : bool, default False
         Let ``kl_weight`` differ from 1, so that the likelihood can count more than prior and
-        entropy. Not with ``split``.
+        entropy. It excludes ``split``.
     vectorize : bool, optional
         Evaluate the log density of all draws as one batch, or loop over them; by default whichever
         :func:`pymc_flows.model.batching.batch_graphs` expects to be faster.
@@ -185,10 +185,10 @@ def build_objective(
     more_replacements : mapping of Variable to Variable, optional
         Applied to the model's log density.
     local : LocalDraws, optional
-        Products that are drawn in place of weights, for each row of the data: the local
-        reparametrization (Kingma et al. 2015, arXiv:1506.02557). The loss is the negative ELBO on
-        average, with less noise; the log weights are no longer those of one draw. Not with
-        ``split``.
+        Products to sample for each row of the data instead of the weights: the local
+        reparametrization (Kingma et al. 2015, arXiv:1506.02557). The expected loss is the negative
+        ELBO, and its variance is lower. The log weights are then not those of one draw of the
+        weights. It excludes ``split``.
 
     Raises
     ------
@@ -210,7 +210,7 @@ def build_objective(
     tempered = _tempered(density, temper, annealed)
     if warmed:
         prior = _prior_and_score(approx, x_free, vectorize, more_replacements)
-        # the prior is that of the weights themselves
+        # this is the prior of the weights, also if products are sampled
         tempered[:2] = [p + (kl_weight - 1) * q for p, q in zip(tempered, prior, strict=False)]
         log_q, score_q = kl_weight * log_q, kl_weight * score_q
     of_rows, of_all = _local_laws(approx, local)
@@ -248,7 +248,7 @@ def build_objective(
 
 
 class _Terms:
-    """Parts that all estimators share."""
+    """Quantities that all estimators use."""
 
     def __init__(self, approx, x, log_p, score, log_q, score_q, valid) -> None:
         self.x, self.log_p, self.score = x, log_p, score
@@ -261,7 +261,7 @@ class _Terms:
 
 
 def _tempered(density, temper, annealed) -> list[Any]:
-    """Log density, score and local gradients, tempered but for the transforms' Jacobians."""
+    """Temper log density, score and local gradients, but not the transforms' Jacobians."""
     whole = density(True)
     if not annealed:
         return [temper * part for part in whole]
@@ -270,7 +270,7 @@ def _tempered(density, temper, annealed) -> list[Any]:
 
 
 def _local_laws(approx, local) -> tuple[list[Any], list[Any]]:
-    """Multipliers of the matrices whose products are drawn; then their means and sds."""
+    """Return the multipliers, and the means and sds, of matrices whose products are sampled."""
     if local is None:
         return [], []
     base_noise = dict(zip(local.names, local.base_noise, strict=True))
@@ -282,7 +282,7 @@ def _local_laws(approx, local) -> tuple[list[Any], list[Any]]:
 
 
 def _elbo(terms: _Terms) -> tuple[Any, Any, dict[Any, Any]]:
-    """Negative ELBO, each draw's gain over the others, and the loss's known gradients."""
+    """Return the negative ELBO, each draw's bound less its baseline, and the known gradients."""
     valid, weight = terms.valid, terms.weight
     loss = pt.switch(valid, (terms.log_q - terms.log_p) * weight, 0).sum()
     difference = terms.score_q - terms.score
@@ -296,7 +296,7 @@ def _elbo(terms: _Terms) -> tuple[Any, Any, dict[Any, Any]]:
 
 
 def _local_gradients(terms, of_rows, of_all, local_scores) -> dict[Any, Any]:
-    """Gradients of the loss in the distributions of matrices whose products are drawn."""
+    """Return the loss's gradients in the distributions of matrices whose products are sampled."""
     known = {}
     for z, own in zip(of_rows, local_scores, strict=False):
         known[z] = pt.switch(terms.valid[:, None, None], -own * terms.weight[:, None, None], 0)
@@ -306,15 +306,15 @@ def _local_gradients(terms, of_rows, of_all, local_scores) -> dict[Any, Any]:
 
 
 def _importance_weighted(terms: _Terms) -> tuple[Any, Any, dict[Any, Any]]:
-    """Negative importance-weighted bound, each draw's gain, and the loss's known gradients."""
+    """Return the negative importance-weighted bound, each draw's gain, and the known gradients."""
     x, valid, count, scaling = terms.x, terms.valid, terms.count, terms.scaling
     largest = pt.switch(terms.n_valid > 0, terms.log_weights.max(), 0)
     ratio = pt.exp(terms.log_weights - largest)
     total = pt.maximum(ratio.sum(), np.finfo(x.dtype).tiny)
     loss = -(largest + pt.log(total) - pt.log(count)) / scaling
     share = ratio / total
-    # the bound less that of the other draws (Mnih & Rezende 2016, arXiv:1602.06725), and its own
-    # gradient in log q
+    # a draw's gain is the bound less that of the other draws (Mnih & Rezende 2016,
+    # arXiv:1602.06725), plus the bound's own gradient with respect to log q
     more = pt.log1p(-1 / pt.maximum(count, 2)) - pt.log1p(-pt.minimum(share, LARGEST_SHARE))
     gain = pt.switch(terms.n_valid > 1, more, -loss * scaling) + 1 / count - share
     away = pt.switch(valid[:, None], terms.score_q - terms.score, 0)
@@ -335,8 +335,8 @@ def _draws(approx, n_draws, gradient):
     noise, x, log_q, score, scoreless = approx.draws_and_score(n_draws)
     if gradient == "dreg" and scoreless is not None:
         raise NotImplementedInference(
-            "gradient='dreg' needs groups that carry a score, which mnf groups do not: "
-            "take 'stl' or 'reparameterization'"
+            "gradient='dreg' needs groups with a score, and mnf groups have none: "
+            "use 'stl' or 'reparameterization'"
         )
     return noise, x, log_q, score, scoreless
 
@@ -344,7 +344,8 @@ def _draws(approx, n_draws, gradient):
 def _minibatch_scaling(approx) -> float:
     """Largest factor by which a variable's density is scaled up; the loss is divided by it.
 
-    PyMC's ``symbolic_normalizing_constant`` takes the shorter side of a matrix for its batch.
+    PyMC's ``symbolic_normalizing_constant`` mistakes the shorter side of a matrix for the batch
+    size.
     """
     if not approx.scale_cost_to_minibatch:
         return 1.0

@@ -12,9 +12,9 @@ from pytensor.graph.basic import Variable
 
 from pymc_flows.fit.objective import GRADIENTS
 
-# steps of a fit at most
+# largest number of steps of a fit
 DEFAULT_STEPS = 5000
-# draws a step
+# draws per step
 DEFAULT_DRAWS = 64
 # highest learning rate of Adam
 DEFAULT_RATE = 1e-2
@@ -22,12 +22,13 @@ DEFAULT_RATE = 1e-2
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What a fit is asked for.
+    """The options of a fit.
 
     Parameters
     ----------
     n : int, default 5000
-        Most steps. A fit that no longer gains ends before. 0 only searches for a start.
+        Largest number of steps. A fit that stops improving ends earlier. 0 only searches for a
+        start.
     score : bool, default True
         Record the loss (the negative ELBO, in nats) of each step in ``approx.hist``.
     callbacks : sequence of callable, optional
@@ -35,23 +36,24 @@ class FitOptions:
     progressbar, progressbar_theme
         As in ``pm.fit``.
     backend : {"jax", "numba", "c"}, optional
-        By default JAX if it is installed, else PyTensor's default. Other backends than JAX compile
-        the model's density, and NumPy runs the flow, unless a step has more than 128 draws or
-        layers times ``n`` exceed 50,000: then compiling the flow, which takes about a minute, pays
-        off.
+        By default JAX if it is installed, and PyTensor's default backend otherwise. A backend other
+        than JAX compiles the model's density, and NumPy runs the flow. The flow is compiled too,
+        which takes about a minute, if a step has more than 128 draws or layers times ``n`` exceed
+        50,000.
     include_transformed : bool, default False
         Whether ``approx.state`` also has the unconstrained variables.
     learning_rate : float, default 0.01
         Highest learning rate of Adam, after the warm-up and before the decay.
     annealing : int, optional
-        Steps over which the model's density is tempered, so that a flow finds modes apart from its
-        start: the density is raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende &
+        Steps over which the model's density is tempered, so that a flow finds modes far from its
+        start. The density is raised to the power ``min(1, 0.01 + step / annealing)`` (Rezende &
         Mohamed 2015, section 6.1). Losses of these steps are not the negative ELBO. The Jacobians
-        of the model's transforms are not tempered. By default 0; but 500, at most a third of
-        ``n``, if the search for a start ended in several modes and no base has components for them.
+        of the model's transforms are not tempered. The default is 0. If the search for a start
+        ended in several modes and no base has components for them, it is 500, at most a third of
+        ``n``.
     kl_warmup : int, default 0
-        Steps over which the weight of ``log q`` less the log prior grows to 1, while the likelihood
-        has its full weight: a network first fits its data, and prior and entropy enter gradually
+        Steps over which the weight of ``log q - log prior`` grows to 1. The likelihood has weight 1
+        throughout, so a network first fits its data, and prior and entropy enter gradually
         (Sønderby et al. 2016, arXiv:1602.02282). Losses of these steps are not the negative ELBO.
         Excludes ``annealing``, which tempers prior and likelihood alike.
     gradient : {"stl", "reparameterization", "dreg"}, default "stl"
@@ -59,36 +61,39 @@ class FitOptions:
     initialize : bool, default True
         Search for a start: a Gaussian near the posterior, inside which the flow trains. If False,
         the flow begins at the model's initial point with unit scales. No search is possible with
-        minibatches, ``more_obj_params`` or ``more_replacements``, because the density changes. An
-        approximation that was fitted before stays where it is and is trained further.
+        minibatches, ``more_obj_params`` or ``more_replacements``, because the density then changes
+        from step to step. An approximation that was fitted before stays where it is and is trained
+        further.
     patience : int, default 50
-        Steps between two tests of the losses, at which the learning rate may be cut and the fit
-        end. Larger values tell a slower decrease from noise. With 0 all ``n`` steps are taken.
+        Steps between two tests of the losses. A test may cut the learning rate or end the fit.
+        Larger values detect a slower decrease. With 0 all ``n`` steps are taken.
     n_restarts : int, default 1
-        Fits from other points and weights, of which the one with the highest ELBO is kept. Fits
-        that fail are reported in a warning. Every second one is annealed over 1000 steps, unless
-        ``annealing`` is given. ``approx.fit_stats["restarts"]`` has the ELBO of each, and how far
-        its means and standard deviations are from those kept; ``"restarts_agree"`` says whether
-        they are close, and a warning if not. A callback ends one fit, Ctrl-C all.
+        Number of fits, from different points and weights. The fit with the highest ELBO is kept.
+        Fits that fail are reported in a warning. Every second one is annealed over 1000 steps,
+        unless ``annealing`` is given. ``approx.fit_stats["restarts"]`` has the ELBO of each fit,
+        and the differences of its means and standard deviations from the kept fit.
+        ``"restarts_agree"`` is whether these are small; a warning is issued if not. A callback ends
+        one fit, and Ctrl-C all of them.
     vectorize : bool, optional
-        Evaluate the log density of all draws as one batch, or loop over them. By default a batch,
-        but a loop if one draw's matrices are large or the model can't be batched (with a warning).
+        Evaluate the log density of all draws as one batch, or loop over them. By default it is one
+        batch, unless one draw's matrices are large or the model can't be vectorised (with a
+        warning).
     local_reparameterization : bool, optional
         Sample the pre-activations ``X @ W`` per row of the data instead of ``W``, for ``mnf``
-        matrices (Kingma et al. 2015, arXiv:1506.02557). The ELBO is the same and its gradient less
-        noisy, but the multipliers go through the flow once a row. It needs independent weights
-        given multipliers of rows (``correlated=False``), and a likelihood that is a sum over rows
-        and uses the matrix in one product only; True raises an error if this does not hold for all
-        matrices. By default it is used with minibatches, for the matrices that allow it, if a step
-        has at most two million multipliers (draws times rows of the batch times rows of the
+        matrices (Kingma et al. 2015, arXiv:1506.02557). The ELBO is the same and its gradient is
+        less noisy, but the multipliers go through the flow once per row. The weights must be
+        independent given multipliers of rows (``correlated=False``). The likelihood must be a sum
+        over rows and use the matrix in one product only. True raises an error if this does not hold
+        for all matrices. By default it is used with minibatches, for the matrices that allow it, if
+        a step has at most two million multipliers (draws times rows of the batch times rows of the
         matrices). ``approx.fit_stats["local_reparameterization"]`` names the matrices.
     obj_n_mc : int, optional
-        Draws a step. By default 64; and 512 in a second stage, in which ``flow`` also has more
-        layers (unless there are callbacks, which may rely on the shape of the weights), if the
-        importance weights are uneven after the first.
+        Draws per step. The default is 64. If the importance weights are uneven after the first
+        stage, a second stage has 512, and ``flow`` gets more layers (unless there are callbacks,
+        which may rely on the shape of the weights).
     obj_optimizer : callable, optional
-        An optimizer of PyMC's form, such as ``pm.adam(learning_rate=1e-3)``. It has no schedule and
-        no adaptive clipping.
+        An optimizer of PyMC's form, such as ``pm.adam(learning_rate=1e-3)``, used without a
+        schedule and without adaptive clipping.
     total_grad_norm_constraint : float, optional
         Bound on the gradient's norm.
     more_obj_params, more_updates, more_replacements, compile_kwargs
@@ -150,7 +155,7 @@ class FitOptions:
 
     @property
     def n_draws(self) -> int:
-        """Draws a step, in the first stage."""
+        """Draws per step, in the first stage."""
         return DEFAULT_DRAWS if self.obj_n_mc is None else self.obj_n_mc
 
     @property
@@ -160,12 +165,12 @@ class FitOptions:
 
     @property
     def may_grow(self) -> bool:
-        """Whether draws and layers were left to the fit."""
+        """Whether the fit may choose the number of draws and layers."""
         return self.obj_n_mc is None and self.obj_optimizer is None
 
     @property
     def window(self) -> int:
-        """Steps between two tests of the losses; 0 for none."""
+        """Steps between two tests of the losses; 0 for no tests."""
         return self.patience if self.obj_optimizer is None else 0
 
     @property
@@ -179,7 +184,7 @@ OPTION_NAMES = tuple(one.name for one in fields(FitOptions))
 
 
 def takes_fit_options(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a method that passes its arguments to :class:`FitOptions` their signature and text."""
+    """Give a method the signature and documentation of the :class:`FitOptions` that it accepts."""
     own = next(iter(inspect.signature(method).parameters.values()))
     options = inspect.signature(FitOptions).parameters.values()
     positional = ("n", "score", "callbacks", "progressbar", "progressbar_theme")

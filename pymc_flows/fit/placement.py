@@ -1,4 +1,4 @@
-"""Puts the groups of an approximation where the search finds the posterior."""
+"""Place the groups of an approximation at the Gaussian that the search for a start finds."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ from pymc_flows.posterior.approximation import FlowApproximation
 
 # standard deviation, on the unconstrained space, above which a posterior is taken to be improper
 IMPROPER = 1e12
-# initial logits of the non-centring layer that are tried: non-centred, then centred
-NONCENTERED, CENTERED = -6.0, 6.0
+# initial logit of the non-centring layer for a non-centred model: sigmoid(-6) is nearly 0
+NONCENTERED = -6.0
+# initial logit of the non-centring layer for a centred model: sigmoid(6) is nearly 1
+CENTERED = 6.0
 
 Density = LogDensityAndScore | TransformedDensity
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an approximation was put.
+    """The result of placing an approximation.
 
     Attributes
     ----------
@@ -44,7 +46,7 @@ class Placed:
     modes : ndarray
         (modes, dim), the modes on the model's unconstrained space.
     suffices : bool
-        Whether the affine map alone is the answer.
+        Whether the affine map alone is accurate, so that no flow is needed.
     """
 
     start: Start
@@ -53,12 +55,12 @@ class Placed:
 
 
 class Placement:
-    """Searches for a start and puts groups there.
+    """Search for a start and place the groups there.
 
     Parameters
     ----------
     approx : FlowApproximation
-        What is fitted.
+        The approximation to place.
     compiling : dict
         ``backend`` and ``compile_kwargs``.
     may_suffice : bool
@@ -74,21 +76,21 @@ class Placement:
         self.alone: FitGroup | None = placeable[0] if one else None
 
     def search(self, density: LogDensityAndScore) -> Placed:
-        """Search for a start, and put the groups there.
+        """Search for a start, and place the groups there.
 
         Raises
         ------
         FloatingPointError
-            If the model is finite at no point that was tried.
+            If the model is not finite at any point that was tried.
         ValueError
-            If the posterior is improper; names the variable.
+            If the posterior is improper. The message names the variable.
         """
         approx, alone = self.approx, self.alone
         rng = np.random.default_rng(approx.rng.randint(2**30))
         draws = alone.start_draws if alone is not None else None
         prior = None
         if draws is None and approx.ddim <= DEFAULT_SETTINGS.small_max_dim:
-            # a stream of its own, so that the prior changes no other random number
+            # a separate stream, so that draws of the prior change no other random numbers
             prior = approx.prior_points(PRIOR_DRAWS, *rng.spawn(1))
         found: Density = density
         try:
@@ -97,7 +99,7 @@ class Placement:
             else:
                 start = find_start(density, approx.initial_point(), rng, draws, prior)
         except NoStartError:
-            message = "The fit can't start: at no point that was tried is the model finite."
+            message = "The fit can't start: the model is not finite at any point that was tried."
             raise FloatingPointError(explain_failure(approx, message)) from None
         self._refuse_improper(start.gaussian)
         modes = found.forward(start.modes) if isinstance(found, TransformedDensity) else start.modes
@@ -118,7 +120,7 @@ class Placement:
         return Placed(start, modes, suffices)
 
     def place_by_draws(self) -> None:
-        """Put each group that was given draws as a start at their mean and covariance."""
+        """Place each group whose start is given by draws at their mean and covariance."""
         for member in self.approx.members:
             if (draws := member.inner_start_draws) is not None:
                 gaussian = gaussian_from_draws(draws)

@@ -1,4 +1,4 @@
-"""Writes what happens in a fit into ``fit_stats``."""
+"""Record the cost and the stages of a fit in ``fit_stats``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pymc_flows.statistics.criteria import THRESHOLDS
 
 
 class Recorder:
-    """Counts gradients, measures time and keeps ``fit_stats`` up to date.
+    """Count gradients, measure time and keep ``fit_stats`` up to date.
 
     Parameters
     ----------
     stats : FitStats
         The record.
     counted : int
-        Gradients that a shared density has evaluated already, and that are in the record.
+        Gradients that a shared density evaluated earlier and the record already includes.
     """
 
     def __init__(self, stats: FitStats, counted: int = 0) -> None:
@@ -39,7 +39,7 @@ class Recorder:
             self.stats.seconds[stage] += time.perf_counter() - started
 
     def watch(self, name: str, counter: Any) -> None:
-        """Count the ``evaluations`` of an object, in place of an earlier one of the same name."""
+        """Count the ``evaluations`` of an object; it replaces an earlier one of the same name."""
         if name in self.counters:
             self._earlier += self.counters[name].evaluations
         self.counters[name] = counter
@@ -51,11 +51,11 @@ class Recorder:
         self.counted = total
 
     def evaluated(self) -> int:
-        """Gradients evaluated by all that is watched."""
+        """Gradients evaluated by all watched objects."""
         return sum(c.evaluations for c in self.counters.values()) + self._earlier
 
     def add(self, run: TrainingRun, n_draws: int) -> None:
-        """Add a stage of training with ``n_draws`` draws a step; warn if much was not finite."""
+        """Add a stage of training with ``n_draws`` draws per step; warn if many were not finite."""
         self.count()
         stats, n_steps = self.stats, run.losses.size
         stats.steps += n_steps
@@ -71,7 +71,7 @@ class Recorder:
                 f"{run.nonfinite_steps} of {n_steps} steps were skipped as not finite, and "
                 f"{share:.1%} of the other steps' draws were left out: the model's log density or "
                 "its gradient is not finite where the approximation has mass, or a draw itself is "
-                "not"
+                "not finite"
             )
 
     def add_stage(self, run: TrainingRun, first_step: int, n_draws: int, annealing: int) -> None:

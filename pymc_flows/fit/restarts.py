@@ -1,4 +1,4 @@
-"""Several fits from other points and weights, of which the best is kept."""
+"""Several fits from different points and weights; the best one is kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pymc_flows.posterior.approximation import FlowApproximation
 from pymc_flows.posterior.record import FitStats
 from pymc_flows.statistics.criteria import restarts_agree
 
-# keys of fit_stats that are those of the restart that is kept, and not sums over all
+# keys of fit_stats copied from the best restart; other keys are sums over all restarts
 KEPT_KEYS = ("stopped", "stages", "start_elbo", "modes", "modes_missed", "ess", "elbo", "state")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One restart: its weighed draws, how to bring its state back, and its part of the record."""
+    """One restart: its weighed draws, a function that restores it, and its part of the record."""
 
     drawn: WeighedDraws
     ladder: Ladder
@@ -34,20 +34,19 @@ class Attempt:
 def fit_several(approx: FlowApproximation, options: FitOptions) -> Ladder:
     """Fit ``n_restarts`` times and keep the fit with the highest ELBO.
 
-    ``approx.fit_stats`` counts what all took together, and gets ``restarts`` and
-    ``restarts_agree``.
+    ``approx.fit_stats`` sums the costs of all fits, and gets ``restarts`` and ``restarts_agree``.
 
     Raises
     ------
     ValueError
         If the density changes from step to step, or nothing is fitted.
     FloatingPointError
-        If all restarts fail; that of the last.
+        If all restarts fail; the error is that of the last one.
     """
     ladder = Ladder(approx, options)
     if not (ladder.density_is_fixed and (options.initialize or options.n)):
         raise ValueError(
-            "n_restarts must be 1 where the density changes from step to step (minibatches, "
+            "n_restarts must be 1 if the density changes from step to step (minibatches, "
             f"more_obj_params, more_replacements) or nothing is fitted, got {options.n_restarts}"
         )
     attempts = _attempts(approx, options)
@@ -58,14 +57,14 @@ def fit_several(approx: FlowApproximation, options: FitOptions) -> Ladder:
     stats = best.ladder.stats
     for key in KEPT_KEYS:
         setattr(stats, key, best.record[key])
-    # gradients that other restarts evaluated with the common density are in the record already
+    # the record already includes the gradients that other restarts evaluated with this density
     best.ladder.recorder.counted = best.ladder.recorder.evaluated()
     _compare(attempts, best, stats)
     return best.ladder
 
 
 def _attempts(approx: FlowApproximation, options: FitOptions) -> list[Attempt]:
-    """Run the restarts; those that fail are reported in a warning."""
+    """Run the restarts, and warn of those that fail."""
     initial = [member.snapshot() for member in approx.members]
     density: LogDensityAndScore | None = None
     attempts: list[Attempt] = []
@@ -104,7 +103,7 @@ def _attempts(approx: FlowApproximation, options: FitOptions) -> list[Attempt]:
 
 
 def _annealing(options: FitOptions, restart: int) -> int | None:
-    """Anneal every second restart, which may find other modes, unless the user chose."""
+    """Return a restart's annealing steps: every second one may thereby find other modes."""
     left_to_fit = options.annealing is None and not options.kl_warmup
     return 2 * ANNEALING if left_to_fit and restart % 2 else None
 

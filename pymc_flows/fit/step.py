@@ -19,8 +19,8 @@ from pymc_flows.posterior.approximation import FlowApproximation
 
 # Adam's decay of the mean gradient (Kingma & Ba 2015)
 BETA1 = 0.9
-# Adam's decay of the mean squared gradient. The first gradients, far from the posterior, are huge,
-# and Kingma & Ba's 0.999 would remember them for 1000 steps
+# Adam's decay of the mean squared gradient. Kingma & Ba's 0.999 would remember the first gradients,
+# which are huge far from the posterior, for 1000 steps
 BETA2 = 0.99
 # Adam's constant in the denominator (Kingma & Ba 2015)
 EPSILON = 1e-8
@@ -48,14 +48,14 @@ class Step:
     Parameters
     ----------
     approx : FlowApproximation
-        What is fitted.
+        The approximation to fit.
     objective : Objective
-        Its loss.
+        The loss to minimise.
     densities : sequence of LogDensityAndScore
-        The model's density, if the objective was built with ``split``; with ``annealed`` also that
-        without the transforms' Jacobians.
+        The model's density, if the objective was built with ``split``; with ``annealed``, also the
+        density without the transforms' Jacobians.
     seed : int
-        Of the noise, and of the minibatches.
+        Seed of the noise and of the minibatches.
     obj_optimizer : callable, optional
         PyMC's form: ``obj_optimizer(gradients, params) -> updates``.
     total_grad_norm_constraint : float, optional
@@ -101,7 +101,7 @@ class Step:
         self.n_accepted = 0
         self.running_norm = math.inf
 
-        # one input in place of five, each of which costs a call some tens of microseconds
+        # one input instead of five: each input adds some tens of microseconds to a call
         controls = pt.vector("controls", shape=(5,))
         temper, kl_weight, rate, clip, learn = (controls[i] for i in range(5))
         norm = pt.sqrt(sum((g**2).sum() for g in objective.gradients))
@@ -125,7 +125,7 @@ class Step:
         )
 
     def _trial(self, function: Callable[..., Any]) -> None:
-        """Call the function on zeros, then restore all that the call updated."""
+        """Call the function on zeros, then restore the variables that the call updated."""
         before = [s.get_value() for s in self.updated]
         density = self.density_shapes if self.densities else []
         zeros = [
@@ -168,7 +168,7 @@ class Step:
     def weigh(self, seed: int, n_batches: int) -> WeighedDraws:
         """Make fresh draws with the present parameters, in batches of ``n_draws``, and weigh them.
 
-        The call changes only what the user's ``more_updates`` change, and that is restored.
+        Afterwards the variables that the user's ``more_updates`` change are restored.
         """
         rng = np.random.default_rng(seed)
         memory = [variable.get_value() for variable in self.updated]
@@ -187,7 +187,7 @@ class Step:
 def _guarded_updates(
     objective, obj_optimizer, norm, rate, clip, learn
 ) -> tuple[dict[Any, Any], Any]:
-    """Updates that keep the old values unless all is finite, and whether it is."""
+    """Return updates that keep the old values unless all is finite, and whether all is."""
     shrink = pt.minimum(1, clip / pt.maximum(norm, np.finfo(rate.dtype).tiny))
     gradients = [(g * shrink).astype(g.dtype) for g in objective.gradients]
     if obj_optimizer is None:

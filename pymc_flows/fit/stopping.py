@@ -21,23 +21,23 @@ from pymc_flows.statistics.criteria import (
     weights_are_even,
 )
 
-# draws that say whether weighing more of them is worth it
+# draws of the first test, which decides whether to weigh MANY_DRAWS
 FEW_DRAWS = 256
-# draws that decide
+# draws that decide whether the importance weights are even
 MANY_DRAWS = 2048
-# draws of steps between two tests by few draws, after the learning rate was first cut
+# training draws between two tests by FEW_DRAWS, after the learning rate was first cut
 DRAWS_BETWEEN_TESTS = 8 * FEW_DRAWS
-# draws of steps between two tests by many draws
+# training draws between two tests by MANY_DRAWS
 DRAWS_BETWEEN_DECISIONS = 4 * MANY_DRAWS
 # steps that must be left for a second stage
 LEAST_STEPS = 500
 # factor by which the learning rate is cut
 CUT = 4
-# nats that a window of steps must gain to count as progress
+# smallest decrease of the loss over a window of steps that counts as progress, in nats
 LEAST_GAIN = 0.002
-# standard errors that it must gain
+# smallest decrease that counts as progress, in standard errors
 GAIN_IN_SE = 1.5
-# steps of the warm-up of the learning rate at most
+# largest number of steps over which the learning rate warms up
 WARM_UP = 50
 # share of the learning rate at the end of the cosine decay
 LAST_RATE = 0.01
@@ -95,14 +95,14 @@ class Schedule:
     peak : float
         Highest rate.
     n_steps : int
-        Most steps. The first tenth, at most 50, warm up.
+        Largest number of steps. The rate warms up over the first tenth, at most 50.
     annealing : int, default 0
         Steps over which the model's density is raised to a power that grows from 0.01 to 1 (Rezende
         & Mohamed 2015, section 6.1).
     kl_warmup : int, default 0
-        Steps over which the weight of ``log q`` less the log prior grows to 1.
+        Steps over which the weight of ``log q - log prior`` grows to 1.
     window : int, default 50
-        Steps between two tests; 0 for none, and the stage takes all its steps.
+        Steps between two tests. With 0 there are none, and the stage takes all its steps.
     max_cuts : int, default 3
         Cuts of the rate before the end.
     """
@@ -122,12 +122,12 @@ class Schedule:
         return min(1.0, FIRST_POWER + step / self.annealing) if self.annealing else 1.0
 
     def kl_weight(self, step: int) -> float:
-        """Weight of ``log q`` less the log prior at a step; 1 after the warm-up."""
+        """Weight of ``log q - log prior`` at a step; 1 after the warm-up."""
         return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
 
     @property
     def changing(self) -> int:
-        """Number of first steps whose losses are not the negative ELBO."""
+        """Number of initial steps whose losses are not the negative ELBO."""
         return max(self.annealing, self.kl_warmup)
 
     def __call__(self, step: int) -> float:
@@ -151,7 +151,7 @@ class Schedule:
         recent = recent[np.isfinite(recent)]
         if recent.size < self.window:
             return None
-        # outliers say nothing about the trend
+        # outliers would hide the trend
         recent = np.clip(recent, *np.quantile(recent, [0.05, 0.95]))
         before, now = np.array_split(recent, 2)
         noise = math.hypot(before.std() / before.size**0.5, now.std() / now.size**0.5)
@@ -165,12 +165,12 @@ class Schedule:
         return None
 
     def roll_back(self) -> None:
-        """Take smaller steps from now on."""
+        """Lower the learning rate of all further steps."""
         self.peak /= CUT
 
 
 class Weigher(Protocol):
-    """What :class:`WeightsTest` asks for fresh draws."""
+    """The source of fresh draws for :class:`WeightsTest`; weighing computes importance weights."""
 
     def few(self) -> WeighedDraws:
         """Weigh :data:`FEW_DRAWS` fresh draws."""
@@ -185,9 +185,9 @@ class Weigher(Protocol):
 class WeightsTest:
     """Ends a stage of training by the importance weights of fresh draws.
 
-    Few draws are weighed when the learning rate was cut, and from then on at intervals. If they are
-    promising, many draws decide. A stage that is followed by a larger flow also ends if its
-    weights are hopeless after the second cut.
+    Few draws are weighed when the learning rate is cut, and at intervals from then on. If their
+    effective sample size is high, many draws decide. A stage that is followed by a larger flow also
+    ends after the second cut if its weights are unlikely to become even.
 
     Parameters
     ----------
@@ -207,27 +207,28 @@ class WeightsTest:
     def __call__(self, schedule: Schedule, n_taken: int, n_left: int) -> Stop | None:
         """Return a reason to end after ``n_taken`` steps, with ``n_left`` steps left, or None."""
         cut, self._n_cuts_seen = schedule.n_cuts > self._n_cuts_seen, schedule.n_cuts
-        # at the first rate the noise of the steps is much of the unevenness, at the second some
+        # the noise of the steps causes much of the unevenness at the first rate, some at the second
         too_soon = (n_taken - self._tested_at) * self.n_draws < DRAWS_BETWEEN_TESTS
         if not cut and (not schedule.n_cuts or too_soon):
             return None
         self._tested_at = n_taken
         growing = self.grows and n_left >= LEAST_STEPS and cut and schedule.n_cuts > 1
         few = self.weigher.few().change
-        # few draws seldom hold the heaviest, so hopeless weights may look better than they are
-        hopeless = growing and few.ess < THRESHOLDS.hopeless_ess_of_few
+        # few draws seldom include the largest weights, so they overestimate the effective sample
+        # size
+        uneven = growing and few.ess < THRESHOLDS.uneven_ess_of_few
         due = cut or (n_taken - self._decided_at) * self.n_draws >= DRAWS_BETWEEN_DECISIONS
         least = early_ess(few.mean_shift.size) - THRESHOLDS.ess_noise
-        if not hopeless and not (due and few.ess > least):
+        if not uneven and not (due and few.ess > least):
             return None
         self._decided_at = n_taken
-        drawn = self.weigher.decide() if hopeless else self.weigher.many()
+        drawn = self.weigher.decide() if uneven else self.weigher.many()
         if may_end_early(drawn.change):
             self.even_elbo = drawn.elbo
             return StopReason.EVEN_WEIGHTS.because()
         if (
-            hopeless
-            and drawn.change.ess < THRESHOLDS.hopeless_ess
+            uneven
+            and drawn.change.ess < THRESHOLDS.uneven_ess
             and not weights_are_even(drawn.change)
         ):
             return StopReason.LARGER_FLOW_NEEDED.because()

@@ -33,7 +33,7 @@ EndTest = Callable[[Schedule, int, int], Stop | None]
 
 @dataclass
 class TrainingRun:
-    """What a stage of training did.
+    """The result of a stage of training.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class TrainingRun:
     seconds : float
         Wall time.
     states : dict of str to list of ndarray
-        Values of the trained parameters, among which the end is chosen.
+        Values of the trained parameters, by name; one of these states is kept.
     """
 
     stop: Stop
@@ -78,7 +78,7 @@ class Training:
     schedule : Schedule
         Learning rate, and power of the model's density, of each step.
     n_steps : int
-        Most steps.
+        Largest number of steps.
     callbacks : sequence of callable
         Each called as ``callback(approx, losses, i)`` after each step; StopIteration ends the
         stage.
@@ -86,9 +86,10 @@ class Training:
         Called when a test is due, with the schedule, the steps taken and the steps left. Returns a
         reason to end, or None.
     score : bool
-        Whether callbacks get the losses; None otherwise.
+        Whether callbacks get the losses; if not, they get None.
     earlier : ndarray, optional
-        Losses of earlier stages of the same fit. Callbacks get them too, and i counts on from them.
+        Losses of earlier stages of the same fit. Callbacks get them too, and ``i`` continues their
+        count.
     progressbar, progressbar_theme
         As in ``pm.fit``.
     """
@@ -119,12 +120,12 @@ class Training:
         self.progress = _LossProgress(n_steps, progressbar, progressbar_theme)
 
     def run(self) -> TrainingRun:
-        """Take steps until there are enough of them, a test, a callback or Ctrl-C ends the stage.
+        """Take all steps, unless a test, a callback or Ctrl-C ends the stage earlier.
 
         Raises
         ------
         FloatingPointError
-            After 50 failed steps in a row; names the variable that is not finite.
+            After 50 failed steps in a row. The message names the variable that is not finite.
         """
         run = self.run_
         started = time.perf_counter()

@@ -21,7 +21,7 @@ class WeighedDraws:
     x : ndarray
         (draws, dim), unconstrained.
     log_weights : ndarray
-        (draws,), log p less log q in nats; -inf where the model has no finite density.
+        (draws,), ``log p - log q`` in nats; -inf where the model has no finite density.
     """
 
     x: np.ndarray
@@ -42,7 +42,7 @@ class WeighedDraws:
 
     @functools.cached_property
     def change(self) -> WeightedChange:
-        """What the weights would change; draws without a density have weight zero."""
+        """The changes that the weights would make; draws without a density have weight zero."""
         finite = np.isfinite(self.x).all(axis=1)
         x, log_weights = self.x[finite], self.log_weights[finite]
         if np.isfinite(log_weights).sum() < 2:

@@ -1,4 +1,4 @@
-"""Weights of a mixture base whose components a flow maps to given Gaussians."""
+"""Weights of a mixture base with which a flow maps its components to given Gaussians."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def mixture_weights(
     weights: np.ndarray,
     gaussians: Sequence[tuple[np.ndarray, Factor | np.ndarray]],
 ) -> np.ndarray:
-    """Flat weights of a mixture base, each component at a Gaussian's preimage.
+    """Return the flat weights of a mixture base with a component at each Gaussian's preimage.
 
-    The chain is treated as linear around the origin, which a flow nearly is before training.
+    The chain is linearised at the origin; a flow is nearly linear before training.
 
     Parameters
     ----------
     base : Mixture
         The base.
     chain : Chain
-        The layers after it, or the first of them.
+        The layers after the base, or the first of them.
     weights : ndarray
-        (weights,), flat, those of the chain first.
+        (weights,), flat, beginning with those of the chain.
     gaussians : sequence of tuple
-        Location (dim,) and factor of each, the most important first. Components beyond their number
-        share them, moved apart.
+        Location (dim,) and factor of each, the most important first. If there are more components
+        than Gaussians, several components share a Gaussian and are moved apart.
     """
     middle, slopes = _linearised(chain, weights[: chain.n_weights])
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The context of a group: data that each row of its variables is conditioned on."""
+"""The context of a group: data on which each row of its variables is conditioned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pymc_flows.model.space import Ordering
 def checked_context(
     context: TensorVariable, ordering: Ordering, model: pm.Model, options: Mapping[str, Any]
 ) -> TensorVariable:
-    """Return a context with its static shape, or raise the reason against it.
+    """Return a context with its static shape, or raise an error if it is not allowed.
 
     Parameters
     ----------
@@ -39,14 +39,14 @@ def checked_context(
     Raises
     ------
     ValueError
-        If rows and variables disagree, an option excludes a context, or the context is a minibatch
-        and the likelihood is scaled up to all data.
+        If the numbers of rows of context and variables differ, an option excludes a context, or the
+        context is a minibatch and the likelihood is scaled up to all data.
     """
     n_rows, n_columns = map(int, context.shape.eval(mode="FAST_COMPILE"))
     for name, _, shape, _ in ordering.values():
         if tuple(shape[:1]) != (n_rows,):
             raise ValueError(
-                f"context must have a row for each of {name}'s, whose shape is {shape}, "
+                f"context must have a row for each row of {name}, of shape {shape}, "
                 f"got {n_rows} rows"
             )
     for option, required in (("base", "normal"), ("noncentering", False)):
@@ -65,7 +65,7 @@ def checked_context(
 
 
 def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, dim: int) -> Chain:
-    """Apply one flow to every row of the variables, each row given its own row of the context.
+    """Apply one flow to every row of the variables, conditioned on the same row of the context.
 
     Parameters
     ----------
@@ -89,19 +89,20 @@ def flow_of_rows(flow: Bijection, context: TensorVariable, ordering: Ordering, d
 def record_of_context(
     context: TensorVariable | None, model: pm.Model, label: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
-    """Describe where a file finds a context: a variable of the model, or an array of the file.
+    """Describe a context for a file: as a variable of the model, or as an array of the file.
 
     Raises
     ------
     TypeError
-        If the context is neither, for example the output of a trained encoder.
+        If the context is neither data nor a variable of the model, such as a trained encoder's
+        output.
     """
     if context is None:
         return None
     n_columns = context.type.shape[1]
     while context.owner is not None and isinstance(context.owner.op, SpecifyShape):
         context = context.owner.inputs[0]
-    # shared variables that are not the model's own are weights, which are in no file
+    # shared variables outside the model are weights, which no file contains
     own = {*model.named_vars.values(), *model.dim_lengths.values()}
     shared = [v for v in ancestors([context]) if isinstance(v, SharedVariable)]
     if model.named_vars.get(context.name) is context and own.issuperset(shared):
@@ -109,7 +110,7 @@ def record_of_context(
             return {"variable": context.name, "n_columns": n_columns}
     elif isinstance(context, Constant):
         array = np.asarray(context.data)
-        # netCDF 3 has no integers of eight bytes
+        # netCDF 3 has no eight-byte integers
         arrays[f"{label}_context"] = array.astype(float) if array.dtype.kind in "iub" else array
         return {"array": f"{label}_context", "dtype": str(array.dtype)}
     raise TypeError(

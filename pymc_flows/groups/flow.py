@@ -49,8 +49,8 @@ from pymc_flows.model.space import draws_of_start, unconstrained_start
 class FlowGroup(NoiseGroup):
     """Variables whose joint posterior is a normalizing flow's.
 
-    Made by ``pm.Group([...], vfam=<family or formula>, **options)``. None in place of the list
-    stands for all variables that no other group has.
+    It is made by ``pm.Group([...], vfam=<family or formula>, **options)``. None instead of the list
+    means all variables that no other group contains.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class FlowGroup(NoiseGroup):
         A family of :func:`pymc_flows.families`, a formula such as ``"scale-loc-planar*8"``, or a
         ready bijection.
     params : dict, optional
-        ``{"weights": vector}``, instead of trainable weights of its own.
+        ``{"weights": vector}``, the weights to use instead of new trainable ones.
     random_seed : int, optional
         Seed of the initial weights.
     model : Model, optional
@@ -68,18 +68,19 @@ class FlowGroup(NoiseGroup):
     options : dict, optional
         The family's options. They can also be given as keywords.
     start : dict, DataTree or Approximation, optional
-        Where a fit starts its search: constrained values by variable; or draws of all variables, or
-        an earlier approximation, whose mean and covariance then replace the search. The model's
-        initial point by default.
+        Where a fit starts its search: constrained values by variable, by default the model's
+        initial point. Draws of all variables, or an earlier approximation, replace the search by
+        their mean and covariance.
     context : array or TensorVariable, optional
-        (n, columns). Amortises variables whose first axis has length n: one flow makes every row of
-        the variables, given the same row of the context, and all rows share its weights. New data
-        with as many rows (``pm.set_data``) have their posterior without a further fit. May be
-        ``pm.Data``, a ``pm.Minibatch``, or an expression of shared variables; these are trained too
-        if they are given to the fit as ``more_obj_params``. With a minibatch, ``total_size`` of the
-        observed variables must be the batch's, because PyMC does not scale up the density of latent
-        variables. To draw, give the weights (``params[0].get_value()``) to a group of the same
-        family with the data of interest as context.
+        (n, columns). It amortises variables whose first axis has length n: one flow makes every row
+        of the variables from the same row of the context, and all rows share its weights. New data
+        with the same number of rows (``pm.set_data``) get their posterior without a further fit.
+        The context may be ``pm.Data``, a ``pm.Minibatch``, or an expression of shared variables.
+        Shared variables are trained too if they are given to the fit as ``more_obj_params``. With a
+        minibatch, the ``total_size`` of the observed variables must be the size of the batch,
+        because PyMC does not scale up the density of latent variables. To draw after a fit with
+        minibatches, give the weights (``params[0].get_value()``) to a group of the same family
+        whose context is the data of interest.
     **kwargs
         The family's options.
 
@@ -88,8 +89,9 @@ class FlowGroup(NoiseGroup):
     UnknownFlowError
         If the family, the formula or an option does not exist.
     ValueError
-        If the context's rows are not the variables'; if the base is not normal beside a context; or
-        if the context is a minibatch and observed variables are scaled up to all data.
+        If the numbers of rows of context and variables differ; if a group with a context has
+        another base than a normal one; or if the context is a minibatch and observed variables are
+        scaled up to all data.
 
     Examples
     --------
@@ -158,7 +160,7 @@ class FlowGroup(NoiseGroup):
         self._finalize_init()
 
     def _built_flow(self) -> Bijection:
-        """Build the flow, of the whole group or, with a context, of every row of its variables."""
+        """Build the flow of the whole group or, with a context, of each row of its variables."""
         if self.context is None:
             return build_flow(self.flow, self.ddim, self.flow_options)
         n_rows = self.context.type.shape[0]
@@ -170,10 +172,10 @@ class FlowGroup(NoiseGroup):
         seed = int(self.rng.randint(2**30, dtype=np.int64))
         return unconstrained_start(self.model, self.ordering, start, seed)
 
-    # The affine map that the flow starts in.
+    # The affine map in which the flow starts.
 
     def place(self, loc, factor, layers: Bijection | None = None, base: Base | None = None) -> None:
-        """Put the flow inside a new fixed affine map; the caller sets the weights.
+        """Place the flow inside a new fixed affine map; the caller sets the weights.
 
         Parameters
         ----------
@@ -182,9 +184,10 @@ class FlowGroup(NoiseGroup):
         factor : Factor or ndarray
             As in :class:`pymc_flows.bijections.Whitening`.
         layers : Bijection, optional
-            Replace the present layers, which keep their weights otherwise.
+            Layers that replace the current ones; by default the current ones stay, with their
+            weights.
         base : Base, optional
-            Replaces the present base likewise.
+            Base that replaces the current one; by default the current one stays.
         """
         if layers is not None:
             self.layers = layers
@@ -195,16 +198,16 @@ class FlowGroup(NoiseGroup):
                 self.symbolic_initial.name, shape=(None, self.noise_dim)
             )
         if self.context is not None:
-            # the location of one data set's rows would mislead another's
+            # a location from the rows of one data set would be wrong for another data set
             loc, factor = np.zeros(self.ddim), np.ones(self.ddim)
-        # in C order, as a file returns them: the order of a sum changes its rounding
+        # in C order, as they are read from a file, because the order of a sum changes its rounding
         loc, factor = np.ascontiguousarray(loc), as_factor(factor).contiguous()
         self.loc, self.factor = loc, factor
         self.bijection = placed(self.layers, loc, factor, self.noncentering)
         self.drop_cached_graphs()
 
     def restart(self, loc, factor, layers: Any = None, base: Base | None = None) -> None:
-        """As :meth:`place`, with new initial weights; ``layers="affine"`` is an affine map."""
+        """Do as :meth:`place`, with new weights; ``layers="affine"`` selects an affine map."""
         self.place(loc, factor, affine_map(self.ddim) if layers == "affine" else layers, base)
         if self.shared_params is None:
             return
@@ -216,7 +219,7 @@ class FlowGroup(NoiseGroup):
             self.shared_params = {"weights": weights}
 
     def forget(self) -> None:
-        """Go back to how the flow was made, with weights drawn anew."""
+        """Return to the layers and place before any fit, with newly drawn weights."""
         self.layers = self._built_flow()
         if self.noncentering is not None:
             self.noncentering = replace(self.noncentering, start=Noncentering.start)
@@ -225,7 +228,7 @@ class FlowGroup(NoiseGroup):
         self.restart(self.first_loc, np.ones(self.ddim), base=base)
 
     def snapshot(self) -> Restore:
-        """Remember layers, place and weights; calling the result brings them back."""
+        """Save layers, place and weights; calling the result restores them."""
         base, layers, noncentering = self.base, self.layers, self.noncentering
         loc, factor = self.loc, self.factor
         shared, fitted = self.shared_params, self.fitted
@@ -240,7 +243,7 @@ class FlowGroup(NoiseGroup):
         return restore
 
     def grow(self, n_layers: int) -> None:
-        """Add layers like the first at the side of the noise; the old ones keep their weights."""
+        """Add layers like the first one at the noise end; the old ones keep their weights."""
         assert isinstance(self.layers, Chain)
         old = list(self.layers.layers)
         first = next(layer for layer in old if not isinstance(layer, Permutation))
@@ -254,23 +257,23 @@ class FlowGroup(NoiseGroup):
         self.shared_params["weights"].set_value(grown)
 
     def _undoing_permutation(self, layer: Bijection, n_layers: int) -> list[Bijection]:
-        """Undo the reordering of elements by new layers, if the base's elements differ."""
+        """Undo the reordering of elements by new layers, if the elements of the base differ."""
         if isinstance(self.base, StandardNormal):
             return []
         x = map_forward(Chain([layer] * n_layers), np.eye(self.ddim))
         return [Permutation(self.ddim, tuple(x.argmax(axis=1).tolist()))]
 
     def put_components(self, gaussians: Sequence[tuple[np.ndarray, Any]]) -> None:
-        """Put the components of a mixture base where the flow maps them to given Gaussians.
+        """Place the components of a mixture base so that the flow maps them to given Gaussians.
 
-        The flow is treated as linear, which it nearly is before training. The non-centring layer is
-        left out.
+        The flow is linearised; it is nearly linear before training. The non-centring layer is left
+        out.
 
         Parameters
         ----------
         gaussians : sequence of tuple
-            Location (dim,) and factor of each, the most important first. Components beyond their
-            number share them, with shifted locations.
+            Location (dim,) and factor of each, the most important first. If there are more
+            components than Gaussians, several components share a Gaussian, with shifted locations.
         """
         assert isinstance(self.base, Mixture)
         layers = self.bijection.layers if self.noncentering is None else self.bijection.layers[:-1]
@@ -290,7 +293,7 @@ class FlowGroup(NoiseGroup):
         """Location (dim,) of the fixed affine map."""
         return self.loc
 
-    # What a fit may do with it.
+    # Properties that a fit uses.
 
     @property
     def _is_default(self) -> bool:
@@ -298,23 +301,23 @@ class FlowGroup(NoiseGroup):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a fit may choose the layers: the default family, with weights of its own."""
+        """Whether a fit may choose the layers: only the default family's, without given weights."""
         own = self.shared_params is not None and self.context is None
         return self._is_default and own
 
     @property
     def may_grow(self) -> bool:
-        """Whether a fit may add layers: it may choose them, and their number was not asked for."""
+        """Whether a fit may add layers: it may choose them, and the user set no number."""
         return self.adaptive and "n_layers" not in self.flow_options
 
     @property
     def n_layers(self) -> int:
-        """Layers that a draw passes through, those of chains counted one by one."""
+        """Number of layers that a draw passes through; each layer of a chain counts."""
         return count_layers(self.bijection)
 
     @property
     def noise_dim(self) -> int:
-        """Columns of standard normal noise that draws are made from, at least the dim."""
+        """Columns of the standard normal noise that is mapped to draws, at least ``ddim``."""
         return self.base.noise_dim
 
     @property
@@ -329,7 +332,7 @@ class FlowGroup(NoiseGroup):
 
     @property
     def base_was_chosen(self) -> bool:
-        """Whether the user asked for a base."""
+        """Whether the user set the base."""
         return "base" in self.flow_options
 
     @property
@@ -341,19 +344,19 @@ class FlowGroup(NoiseGroup):
 
     def _initial_weights(self) -> dict[str, Any]:
         rng = np.random.default_rng(self.rng.randint(2**30))
-        # the base's weights come first
+        # the weights of the base come first
         parts = [flatten(part.init(rng)) for part in (self.base, self.bijection)]
         weights = floatX(np.concatenate(parts))
         return {"weights": pytensor.shared(weights, "weights", shape=weights.shape)}
 
     def reseed(self, random_seed: int) -> None:
-        """Draw the initial weights anew; the shared vector stays the same object."""
+        """Draw new initial weights; the shared vector stays the same object."""
         self.reset_rng(random_seed)
         if self.shared_params is not None:
             self.shared_params["weights"].set_value(self._initial_weights()["weights"].get_value())
 
     def reset_rng(self, random_seed: int) -> None:
-        """Seed later draws of initial weights; the present ones stay."""
+        """Seed later draws of initial weights; the current weights stay."""
         self.rng = np.random.RandomState(random_seed)
 
     # Draws and densities, symbolically.
@@ -366,15 +369,15 @@ class FlowGroup(NoiseGroup):
         )
 
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log q (draws,)."""
+        """Map noise (draws, noise_dim) to draws x (draws, dim) and their log q (draws,)."""
         return self.distribution.draws_and_log_q(noise)
 
     def draws_and_score(self, noise: TensorVariable) -> Triple:
-        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
+        """As :meth:`draws_and_log_q`, with the score (draws, dim) of the draws under the flow."""
         return self.distribution.draws_and_score(noise)
 
     def map_base(self, z: TensorVariable) -> Triple:
-        """Map z (draws, dim) to x (draws, dim); also log q of x and the base's log density of z."""
+        """Map z (draws, dim) to x (draws, dim), log q of x, and the base's log density of z."""
         return self.distribution.map_base(z)
 
     def log_choice(self, noise: TensorVariable) -> TensorVariable | None:
@@ -392,14 +395,14 @@ class FlowGroup(NoiseGroup):
         if not self.bijection.invertible:
             names = [k for k, f in FAMILIES.items() if f.density_of_any_point != "no inverse"]
             raise NotImplementedInference(
-                f"log_density needs a flow with an inverse, and {self.flow!r} has none; draws "
+                f"log_density needs a flow with an inverse, and {self.flow!r} has none; its draws "
                 f"carry their own log_q in sample_stats. Families with one: {', '.join(names)}"
             )
         return self.distribution.log_density(x)
 
     @node_property
     def _moment_draws(self) -> TensorVariable:
-        # the noise is fixed, so moments repeat, and follow the weights while they train
+        # the noise is fixed, so moments are reproducible and change only with the weights
         noise = moment_noise(self.ddim, self.noise_dim)
         return self.draws_and_log_q(pt.constant(floatX(noise)))[0]
 

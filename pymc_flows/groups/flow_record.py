@@ -22,7 +22,7 @@ from pymc_flows.groups.records import (
 
 
 def record_of_flow(group: Any, label: str, arrays: Arrays) -> dict[str, Any]:
-    """Describe a :class:`FlowGroup` as plain data; its arrays go into ``arrays``."""
+    """Describe a :class:`FlowGroup` as plain data; its arrays are added to ``arrays``."""
     saved = record_of_variables(group, label, arrays)
     saved["rng"] = record_of_rng(group.rng, f"{label}_rng", arrays)
     for name in ("loc", "factor", "first_loc", "start_draws"):
@@ -58,7 +58,7 @@ def arguments_of_flow(saved: dict[str, Any], arrays: Arrays, model: Any) -> dict
 
 
 def restore_flow(group: Any, saved: dict[str, Any], arrays: Arrays) -> None:
-    """Give a flow made from its arguments the place, layers and weights that were recorded."""
+    """Restore the recorded place, layers and weights of a flow that was made from its arguments."""
     label = saved["label"]
     group.first_loc = arrays[f"{label}_first_loc"]
     group.start_draws = arrays.get(f"{label}_start_draws")
@@ -66,7 +66,7 @@ def restore_flow(group: Any, saved: dict[str, Any], arrays: Arrays) -> None:
     if group.noncentering is not None:
         group.noncentering = replace(group.noncentering, start=saved["noncentering"])
     layers = layer_from(saved["layers"], arrays)
-    # files of the first format have no base: it is standard normal, as the flow was made
+    # files of the first format have no base, because their flows all have a standard normal one
     base = layer_from(saved["base"], arrays) if "base" in saved else None
     group.place(arrays[f"{label}_loc"], arrays[f"{label}_factor"], layers, base)
     weights = arrays[saved["params"]["weights"]]

@@ -1,4 +1,4 @@
-"""MNFGroup: weight matrices whose rows share multipliers that went through a flow."""
+"""MNFGroup: weight matrices whose rows are scaled by multipliers from a flow."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ from pymc_flows.groups.records import (
 )
 from pymc_flows.model.space import unconstrained_start
 
-# the family's name, in pm.Group and in files
+# name of the family, in pm.Group and in files
 MNF = "mnf"
-# fixed draws of the multipliers from which moments are computed
+# number of fixed draws of the multipliers from which moments are computed
 MOMENT_DRAWS = 4096
 
 
 class MNFGroup(NoiseGroup):
     """Matrices by multiplicative normalizing flows (Louizos & Welling 2017, arXiv:1703.01961).
 
-    Made by ``pm.Group([W, ...], vfam="mnf", **options)``. By default each variable has its own
-    :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first dimension,
-    are scaled by multipliers that went through gated couplings. For ``X @ W`` rows are the inputs;
-    for a convolution's kernels (out, in, h, w) they are the output channels. With
-    ``multipliers="weights"`` all variables together are one column, and each weight has a
-    multiplier.
+    It is made by ``pm.Group([W, ...], vfam="mnf", **options)``. By default each variable has its
+    own :class:`pymc_flows.bijections.Multiplicative`: a Gaussian whose rows, along the first
+    dimension, are scaled by multipliers, and the multipliers come from gated couplings. The rows
+    are the inputs for ``X @ W``, and the output channels for the kernels (out, in, h, w) of a
+    convolution. With ``multipliers="weights"`` all variables together form one column, and each
+    weight has its own multiplier.
 
     The density of a draw is not known, because the multipliers z can't be integrated out. ``log_q``
-    is the log density of the draw and its multipliers less the auxiliary ``ln r(z|W)``. The ELBO is
-    then a second lower bound of the evidence. The importance weights ``log_p - log_q`` are those of
-    W and z jointly: they are uneven if q(W) is wrong, and also if only r is.
+    is the joint log density of the draw and its multipliers minus the auxiliary ``ln r(z|W)``. The
+    ELBO is then a second lower bound of the evidence. The importance weights ``log_p - log_q`` are
+    those of W and z jointly. They are uneven if q(W) is wrong, and also if only r(z|W) is wrong.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class MNFGroup(NoiseGroup):
     vfam : str, default "mnf"
         The family's name.
     params : dict, optional
-        ``{"mnf_weights": vector}``, instead of trainable weights of its own.
+        ``{"mnf_weights": vector}``, the weights to use instead of new trainable ones.
     random_seed : int, optional
         Seed of the initial weights.
     model : Model, optional
@@ -80,11 +80,11 @@ class MNFGroup(NoiseGroup):
     options : dict, optional
         The options of :func:`pymc_flows.families.matrices.mnf`. They can also be given as keywords.
     start : dict, optional
-        Initial means of the matrices by variable, constrained. By default the model's initial
-        point; with multipliers of rows, small random numbers are added, because from one point
-        all units of a layer would stay alike.
+        Initial means of the matrices by variable, constrained. The default is the model's initial
+        point. With multipliers of rows, small random numbers are added, because all units of a
+        layer would otherwise remain equal.
     **kwargs
-        The options.
+        Options of the family, as in ``options``.
 
     Raises
     ------
@@ -132,8 +132,8 @@ class MNFGroup(NoiseGroup):
         for rv in group or []:
             if self.model.rvs_to_values[rv].ndim < 2:
                 raise GroupError(
-                    "variables of an mnf group must be matrices or kernels, of 2 dimensions or "
-                    f"more, got {rv.name!r} of {rv.ndim}; put it into another group, such as "
+                    "variables of an mnf group must be matrices or kernels with 2 dimensions or "
+                    f"more, got {rv.name!r} of {rv.ndim}; put it in another group, such as "
                     "mean_field"
                 )
         super().__init_group__(group)
@@ -164,7 +164,7 @@ class MNFGroup(NoiseGroup):
         return [(rows, math.prod(others)) for rows, *others in shapes]
 
     def _placed(self, layer: Multiplicative) -> Multiplicative:
-        """Let a layer's multipliers start around the start of the weights."""
+        """Set the initial multipliers of a layer around the start of the weights."""
         there = Whitening(self.ddim, self.first_loc, np.ones(self.ddim))
         assert isinstance(layer.flow, Chain)
         return replace(layer, flow=Chain([*layer.flow.layers, there]))
@@ -175,7 +175,7 @@ class MNFGroup(NoiseGroup):
 
     @property
     def noise_dim(self) -> int:
-        """Columns of base noise: for each layer those of its multipliers, then of its elements."""
+        """Columns of base noise: for each layer its multipliers, then its elements."""
         return sum(rows + rows * columns for rows, columns in self._shapes())
 
     def _initial_type(self, name: str) -> TensorVariable:
@@ -211,13 +211,13 @@ class MNFGroup(NoiseGroup):
         self.rng = np.random.RandomState(random_seed)
 
     def forget(self) -> None:
-        """Go back to initial weights, drawn anew."""
+        """Draw new initial weights."""
         if self.shared_params is not None:
             fresh = self._initial_weights()["mnf_weights"].get_value()
             self.shared_params["mnf_weights"].set_value(fresh)
 
     def snapshot(self) -> Restore:
-        """Remember the weights; calling the result brings them back."""
+        """Save the weights; calling the result restores them."""
         values = [np.array(param.get_value()) for param in self.params]
 
         def restore():
@@ -227,14 +227,14 @@ class MNFGroup(NoiseGroup):
         return restore
 
     def _layers_and_params(self) -> Iterator[tuple[Multiplicative, Params]]:
-        """Each layer and its weights."""
+        """Yield each layer and its weights."""
         flat, first = self.params_dict["mnf_weights"], 0
         for layer in self.layers:
             yield layer, Params(flat[first : first + layer.n_weights], layer.weight_shapes)
             first += layer.n_weights
 
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
+        """Map noise (draws, noise_dim) to draws x (draws, dim) and their log_q (draws,)."""
         pieces: list[TensorVariable] = []
         log_q: Any = 0
         first = 0
@@ -246,7 +246,7 @@ class MNFGroup(NoiseGroup):
         return pieces[0] if len(pieces) == 1 else pt.concatenate(pieces, axis=1), log_q
 
     def local_weights(self) -> tuple[list[str], dict[str, str]]:
-        """Matrices whose products with data may be drawn in place of them; why not the others."""
+        """Names of matrices whose products may be sampled instead, and reasons against others."""
         names = [name for name, *_ in self.ordering.values()]
         if not self.by_rows:
             why = "its weights have a multiplier each; take multipliers='rows' and correlated=False"
@@ -262,7 +262,7 @@ class MNFGroup(NoiseGroup):
         return allowed, refused
 
     def local_laws(self, noise: Mapping[str, TensorVariable]) -> dict[str, Triple]:
-        """Multipliers of matrices, and the distribution of the matrices given them.
+        """Multipliers of matrices, and the distribution of the matrices given the multipliers.
 
         Parameters
         ----------
@@ -272,8 +272,8 @@ class MNFGroup(NoiseGroup):
         Returns
         -------
         dict of str to tuple of TensorVariable
-            Multipliers of the noise's shape, and mean and sd (rows, columns); empty if each weight
-            has a multiplier.
+            Multipliers with the shape of the noise, and mean and sd (rows, columns). The dict is
+            empty if each weight has its own multiplier.
         """
         if not self.by_rows:
             return {}
@@ -290,7 +290,7 @@ class MNFGroup(NoiseGroup):
         return found
 
     def draws_and_score(self, noise: TensorVariable) -> Triple:
-        """As :meth:`draws_and_log_q`, and zeros (draws, dim): the score is not known."""
+        """As :meth:`draws_and_log_q`, with zeros (draws, dim) because the score is unknown."""
         x, log_q = self.draws_and_log_q(noise)
         return x, log_q, pt.zeros_like(x)
 
@@ -307,7 +307,7 @@ class MNFGroup(NoiseGroup):
 
     @node_property
     def _moments(self) -> list[tuple[Any, ...]]:
-        """For each layer: mean given z, draws of z, sd given z, and the factors L and R, if any."""
+        """For each layer: mean and draws given z, sd given z, and the factors L and R, if any."""
         parts = []
         for layer, params in self._layers_and_params():
             rng = np.random.default_rng(0)
@@ -397,7 +397,7 @@ def by_layers(
     start: Any = None,
     **options: Any,
 ) -> Sequence[Group]:
-    """Put a model's matrices and kernels into an mnf group, and the others into mean field.
+    """Put a model's matrices and kernels in an mnf group, and its other variables in mean field.
 
     Parameters
     ----------
@@ -415,14 +415,14 @@ def by_layers(
     GroupError
         If no variable has two dimensions or more.
     TypeError
-        If ``start`` is no dict.
+        If ``start`` is not a dict.
     """
     model = pm.modelcontext(model)
     matrices = [rv for rv in model.free_RVs if model.rvs_to_values[rv].ndim > 1]
     if not matrices:
         names = ", ".join(rv.name for rv in model.free_RVs)
         raise GroupError(
-            f"mnf needs a variable of 2 dimensions or more, got {names}: take another family"
+            f"mnf needs a variable of 2 dimensions or more, got {names}: use another family"
         )
     groups: list[Group] = [
         MNFGroup(matrices, MNF, random_seed=random_seed, model=model, options=options, start=start)

@@ -1,4 +1,4 @@
-"""Moments of groups: the noise to compute them from, and their values in the model's space."""
+"""Moments of groups: the noise for them, and their values in the model's space."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pytensor.tensor.variable import TensorVariable
 from pymc_flows.model.batching import batch_graphs
 from pymc_flows.model.space import Ordering, labelled
 
-# quasi-random draws from which a flow's moments are computed, up to 512 dimensions
+# number of quasi-random draws from which a flow's moments are computed, up to 512 dimensions
 MOMENT_DRAWS = 8192
-# elements of these draws; above 512 dimensions there are fewer draws, to bound memory
+# largest number of elements of these draws; it bounds the memory above 512 dimensions
 MOMENT_ELEMENTS = 2**22
 # smallest number of draws in any dimension
 LEAST_MOMENT_DRAWS = 256
@@ -25,7 +25,7 @@ def moment_noise(dim: int, noise_dim: int) -> np.ndarray:
     Parameters
     ----------
     dim : int
-        Dimension of the draws that are made from the noise.
+        Dimension of the draws to which the noise is mapped.
     noise_dim : int
         Columns of the noise.
 

@@ -1,4 +1,4 @@
-"""What PyMC asks of a group whose draws are a map of noise, which may be wider than the draws."""
+"""PyMC's interface for groups that map noise to draws; the noise may have more columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pymc_flows.messages import warn_user
 class NoiseGroup(Group, FitGroup):
     """A group of PyMC's form, written in terms of ``noise_dim`` and ``draws_and_log_q``.
 
-    PyMC assumes that noise has as many columns as draws; here it need not.
+    PyMC assumes that noise and draws have the same number of columns; here they may differ.
     """
 
     shared_params: Any
@@ -55,7 +55,7 @@ class NoiseGroup(Group, FitGroup):
         return self._mapped[1]
 
     def drop_cached_graphs(self) -> None:
-        """Drop graphs that were written down with an earlier map; warn of moments already read."""
+        """Drop graphs of an earlier map; warn if the user has already read a moment."""
         cached = getattr(self, "_cache", {})
         taken = [name for name in ("mean", "cov", "std") if cached.get(name)]
         cached.clear()

@@ -1,4 +1,4 @@
-"""A flow's trainable layers inside the fixed affine map where its fit starts."""
+"""Place a flow's trainable layers inside the fixed affine map where its fit starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pymc_flows.model.noncentering import Noncentering
 def placed(
     layers: Bijection, loc: np.ndarray, factor: Factor, noncentering: Noncentering | None
 ) -> Chain:
-    """Put layers inside the affine map ``loc + factor z``, and the non-centring after it.
+    """Place layers inside the affine map ``loc + factor z``, and the non-centring after it.
 
-    Tails act on single variables. So if the layers end in tails, these come after the correlations
-    of the affine map, and only its scales follow them.
+    Tail layers act on single variables. If the layers end in tails, the correlations of the affine
+    map are therefore applied before the tails, and its scales after them.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def placed(
     loc : ndarray
         (dim,).
     factor : Factor
-        Of the map.
+        Factor of the map.
     noncentering : Noncentering, optional
         The layer that reads the model's priors.
     """

@@ -1,4 +1,4 @@
-"""The protocol of groups: all that a fit, a file and a diagnosis use of a group of variables.
+"""The protocol of groups: the interface of a group for fits, files and diagnoses.
 
 Flows and mnf groups implement it. PyMC's mean-field and full-rank groups get an adapter, which does
 not change them (:mod:`pymc_flows.groups.pymc_groups`). Code outside this folder never tests the
@@ -21,7 +21,7 @@ Triple = tuple[TensorVariable, TensorVariable, TensorVariable]
 
 
 class FitGroup(abc.ABC):
-    """A group of variables as a fit, a file and a diagnosis see it.
+    """The interface of a group of variables for fits, files and diagnoses.
 
     Draws are on the unconstrained space and log densities in nats.
 
@@ -34,22 +34,22 @@ class FitGroup(abc.ABC):
     mean, std : TensorVariable
         (dim,), mean and standard deviation, unconstrained.
     kind : str
-        Name of the class of groups in files.
+        Name of this kind of group in files.
     has_score : bool
-        Whether draws carry the score of their density. Groups whose ``log_q`` is only a bound of
-        the log density have none; a fit takes the whole reparametrization gradient for them.
+        Whether :meth:`draws_and_score` gives the score. Groups whose ``log_q`` is only a bound of
+        the log density have none; a fit uses the whole reparametrization gradient for them.
     placeable : bool
         Whether a fit may move the group to a Gaussian near the posterior.
     fitted : bool
-        Whether the group was fitted. A further fit does not place it again, and trains on.
+        Whether the group was fitted. A further fit trains it without placing it again.
     seeded : bool
-        Whether the user gave it a seed of its own.
+        Whether the user gave the group its own seed.
     start_draws : ndarray or None
-        (draws, dim), unconstrained, that the user gave as a start.
+        (draws, dim), unconstrained draws that the user gave as a start.
     noncentering : Bijection or None
         Last layer, which reads the model's priors.
     context : TensorVariable or None
-        Data that the group is conditioned on, row by row.
+        Data on which the group is conditioned, row by row.
     """
 
     ddim: Any
@@ -67,7 +67,7 @@ class FitGroup(abc.ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a fit may choose the group's layers, or keep an affine map alone."""
+        """Whether a fit may choose the group's layers, or use an affine map alone."""
         return False
 
     @property
@@ -77,7 +77,7 @@ class FitGroup(abc.ABC):
 
     @property
     def n_layers(self) -> int:
-        """Layers that a draw passes through."""
+        """Number of layers that a draw passes through."""
         return 0
 
     @property
@@ -87,7 +87,7 @@ class FitGroup(abc.ABC):
 
     @property
     def base_was_chosen(self) -> bool:
-        """Whether the user asked for a base."""
+        """Whether the user set the base."""
         return False
 
     @property
@@ -97,7 +97,7 @@ class FitGroup(abc.ABC):
 
     @property
     def noise_dim(self) -> int:
-        """Columns of standard normal noise that a draw is made from."""
+        """Columns of the standard normal noise that is mapped to draws."""
         return self.ddim
 
     @property
@@ -112,11 +112,11 @@ class FitGroup(abc.ABC):
 
     @abc.abstractmethod
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
+        """Map noise (draws, noise_dim) to draws x (draws, dim) and their log_q (draws,)."""
 
     @abc.abstractmethod
     def draws_and_score(self, noise: TensorVariable) -> Triple:
-        """As :meth:`draws_and_log_q`, and the score (draws, dim); zeros if not ``has_score``."""
+        """As :meth:`draws_and_log_q`, with the score (draws, dim); 0 if not ``has_score``."""
 
     @abc.abstractmethod
     def map_base(self, z: TensorVariable) -> Triple:
@@ -129,11 +129,11 @@ class FitGroup(abc.ABC):
         Raises
         ------
         NotImplementedInference
-            If the group has no density of given points.
+            If the group can't compute the density of a given point.
         """
 
     def log_choice(self, noise: TensorVariable) -> TensorVariable | None:
-        """Log probability (draws,) of a discrete choice that draws depend on; None without one."""
+        """Log probability (draws,) of a discrete choice behind the draws; None if there is none."""
         return None
 
     @abc.abstractmethod
@@ -141,15 +141,15 @@ class FitGroup(abc.ABC):
         """Point (dim,) at which the group starts."""
 
     def place(self, loc: np.ndarray, factor: Any) -> None:
-        """Put a ``placeable`` group inside the affine map ``loc + factor z``; keep its weights."""
+        """Place a ``placeable`` group inside the map ``loc + factor z``; keep its weights."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def restart(self, loc: np.ndarray, factor: Any, layers: Any = None, base: Any = None) -> None:
-        """As :meth:`place`, with new initial weights; ``layers="affine"`` is an affine map."""
+        """Do as :meth:`place`, with new weights; ``layers="affine"`` selects an affine map."""
         raise NotImplementedError(f"{self} can't be placed")
 
     def put_components(self, gaussians: Sequence[tuple[np.ndarray, Any]]) -> None:
-        """Put the components of a mixture base at Gaussians, given by location and factor."""
+        """Place the components of a mixture base at Gaussians, given by location and factor."""
         raise NotImplementedError(f"{self} has no mixture base")
 
     def grow(self, n_layers: int) -> None:
@@ -157,7 +157,7 @@ class FitGroup(abc.ABC):
         raise NotImplementedError(f"{self} can't grow")
 
     def local_weights(self) -> tuple[list[str], dict[str, str]]:
-        """Value variables whose products with data may be drawn instead of them.
+        """Find the value variables whose products with data may be sampled instead of them.
 
         Local reparameterization, Kingma et al. 2015, arXiv:1506.02557.
 
@@ -166,7 +166,7 @@ class FitGroup(abc.ABC):
         allowed : list of str
             Names of these variables.
         refused : dict of str to str
-            Names of the other variables, and the reasons.
+            Names of the other variables, to the reasons against them.
         """
         return [], {}
 
@@ -176,19 +176,19 @@ class FitGroup(abc.ABC):
 
     @abc.abstractmethod
     def reseed(self, random_seed: int) -> None:
-        """Draw new initial weights from a seed; PyMC's groups have no random initial weights."""
+        """Draw new initial weights from a seed; PyMC's groups have none and stay the same."""
 
     @abc.abstractmethod
     def reset_rng(self, random_seed: int) -> None:
-        """Seed later draws of initial weights; the present ones stay."""
+        """Seed later draws of initial weights; the current weights stay."""
 
     @abc.abstractmethod
     def forget(self) -> None:
-        """Return to the initial layers, place and weights, drawn anew; PyMC's groups stay."""
+        """Return to the initial layers and place, with new weights; PyMC's groups stay the same."""
 
     @abc.abstractmethod
     def snapshot(self) -> Restore:
-        """Remember the present state; calling the result brings it back."""
+        """Save the current state; calling the result restores it."""
 
     @abc.abstractmethod
     def record(self, label: str, arrays: Arrays) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters that let PyMC's own groups take part in fits, files and diagnoses."""
+"""Adapters that give PyMC's own groups the interface for fits, files and diagnoses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pymc_flows.model.space import Ordering
 
 
 class PyMCGroup(FitGroup):
-    """Adapter for a group of PyMC's that has a density.
+    """Adapter for a group of PyMC that has a density.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class PyMCGroup(FitGroup):
         return str(self.group)
 
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, dim), and their log density (draws,)."""
+        """Map noise (draws, dim) to draws x (draws, dim) and their log density (draws,)."""
         group = self.group
         drawn: Any = graph_replace(
             [group.symbolic_random, group.symbolic_logq],
@@ -79,7 +79,7 @@ class PyMCGroup(FitGroup):
         raise NotImplementedInference(f"{self.group} has no density of given points")
 
     def initial_location(self) -> np.ndarray:
-        """Start point (dim,) that PyMC finds for the group."""
+        """Start point (dim,) that PyMC chose for the group."""
         return self.group._prepare_start(None)
 
     def reseed(self, random_seed: int) -> None:

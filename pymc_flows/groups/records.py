@@ -14,7 +14,7 @@ from pymc_flows.bijections.factors import Factor
 
 
 def plain(value: Any) -> Any:
-    """Turn NumPy's numbers and arrays into Python's, as the ``default`` of ``json.dumps``."""
+    """Convert NumPy's numbers and arrays to Python's, as the ``default`` of ``json.dumps``."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{value!r} can't be written to a file")
@@ -37,12 +37,12 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_of_variables(group: Any, label: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Variables of a group, their order, and its parameters, whose values go into ``arrays``.
+    """Describe a group's variables and parameters; the parameters' values go into ``arrays``.
 
     Raises
     ------
     TypeError
-        If a parameter is an expression and no shared variable.
+        If a parameter is an expression instead of a shared variable.
     """
     for name, param in group.params_dict.items():
         if not hasattr(param, "get_value"):
@@ -115,7 +115,7 @@ def layer_from(saved: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 def record_of_rng(
     rng: np.random.RandomState, label: str, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """State of a generator; its keys go into ``arrays`` under the label."""
+    """Describe the state of a generator; its keys go into ``arrays`` under the label."""
     name, keys, position, has_gauss, gauss = rng.get_state()
     # netCDF 3 has no unsigned integers; as floats these are exact
     arrays[label] = keys.astype(float)

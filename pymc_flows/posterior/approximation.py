@@ -23,7 +23,7 @@ from pymc_flows.model.space import Ordering, labelled, prior_points
 from pymc_flows.posterior.point_density import log_density_of_points
 from pymc_flows.posterior.sampling import Draws, Sampler, idata_of, noise_streams, trace_of
 
-# draws from which ``state`` is computed
+# number of draws from which ``state`` is computed
 STATE_DRAWS = 8192
 
 
@@ -33,21 +33,21 @@ class FlowApproximation(Approximation):
     Parameters
     ----------
     groups : list of Group
-        Flows and PyMC's own Gaussian groups. Together they must have all free variables.
+        Flows and PyMC's own Gaussian groups. Together they must contain all free variables.
     model : Model, optional
         Taken from the context otherwise.
     random_seed : int, optional
-        Seed of the noise that fits and draws are made from.
+        Seed of the noise of fits and draws.
 
     Attributes
     ----------
     members : list of FitGroup
-        The groups, as a fit, a file and a diagnosis see them.
+        The groups, or adapters of them, with the common interface of fits, files and diagnoses.
     hist : ndarray
         Loss of each step of the fit, in nats.
     fit_stats : Mapping
-        Record of the fit; empty before a fit. :class:`pymc_flows.posterior.record.FitStats` lists
-        its keys.
+        Record of the fit, empty before it. :class:`pymc_flows.posterior.record.FitStats` lists its
+        keys.
     backend : str or None
         Backend that draws and densities are compiled for.
     include_transformed : bool
@@ -87,7 +87,7 @@ class FlowApproximation(Approximation):
     def draws_and_log_q(
         self, n_draws: int
     ) -> tuple[list[TensorVariable], TensorVariable, TensorVariable]:
-        """Write down draws of all variables as a function of base noise.
+        """Build draws of all variables as a function of base noise.
 
         Parameters
         ----------
@@ -109,10 +109,10 @@ class FlowApproximation(Approximation):
         return noise, self._joined(xs, n_draws), sum(log_qs)  # type: ignore[return-value]
 
     def draws_and_score(self, n_draws: int) -> tuple[Any, Any, Any, Any, Any]:
-        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) as a fourth.
+        """Build the same as :meth:`draws_and_log_q`, and the score of the draws (draws, dim).
 
-        For groups without a score it is 0. A fifth value is the sum of these groups' ``log_q``, or
-        None if all groups have scores.
+        The score is 0 for groups without one. A fifth value is the sum of the ``log_q`` of these
+        groups, or None if all groups have scores.
         """
         noise = self._symbolic_noise(n_draws)
         drawn = [m.draws_and_score(z) for m, z in zip(self.members, noise, strict=True)]
@@ -128,7 +128,7 @@ class FlowApproximation(Approximation):
         Parameters
         ----------
         noise : sequence of TensorVariable
-            As :meth:`draws_and_log_q` gives it.
+            The noise of :meth:`draws_and_log_q`.
         """
         found = [m.log_choice(z) for m, z in zip(self.members, noise, strict=True)]
         found = [log_choice for log_choice in found if log_choice is not None]
@@ -167,7 +167,7 @@ class FlowApproximation(Approximation):
     # Points to start from.
 
     def initial_point(self) -> np.ndarray:
-        """Point (dim,) at which the groups start, unconstrained, in the groups' order."""
+        """Point (dim,) at which the groups start, unconstrained, in the order of the groups."""
         return np.concatenate([member.initial_location() for member in self.members])
 
     def prior_points(self, n: int, rng: np.random.Generator) -> np.ndarray | None:
@@ -178,7 +178,7 @@ class FlowApproximation(Approximation):
     # Compiled functions.
 
     def compiled(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the compiled function with a key, made when it is first asked for."""
+        """Return the compiled function of a key; the first call makes it."""
         if key not in self._functions:
             self._functions[key] = make()
         return self._functions[key]
@@ -189,7 +189,7 @@ class FlowApproximation(Approximation):
         getattr(self, "_cache", {}).clear()
 
     def flow_function(self, n_draws: int) -> Callable[..., Any]:
-        """Compile noise of each group to x (draws, dim) and log q (draws,)."""
+        """Compile the map from noise of each group to x (draws, dim) and log q (draws,)."""
         return self.compiled(("flow", n_draws), lambda: self._compile_flow(n_draws))
 
     def _compile_flow(self, n_draws: int) -> Callable[..., Any]:
@@ -217,7 +217,7 @@ class FlowApproximation(Approximation):
     # Draws and densities.
 
     def sampler(self, model: pm.Model | None = None) -> Sampler:
-        """Compiled sampler of a model's variables, the approximation's own by default."""
+        """Compiled sampler of a model's variables, by default the approximation's model."""
         model = model or self.model
         return self.compiled(("sampler", model), lambda: Sampler(self, model))
 
@@ -243,7 +243,7 @@ class FlowApproximation(Approximation):
         include_transformed : bool, default False
             Keep the unconstrained variables beside the model's own.
         **kwargs
-            Passed to ``pm.to_inference_data`` (``coords``, ``dims``, ``log_prior`` ...).
+            Passed to ``pm.to_inference_data``, such as ``coords``, ``dims`` and ``log_prior``.
 
         Returns
         -------
@@ -304,7 +304,7 @@ class FlowApproximation(Approximation):
         Raises
         ------
         NotImplementedInference
-            If a flow has no inverse (planar), or a group (mnf) no density but a bound of it.
+            If a flow has no inverse (planar), or a group has only a bound of its density (mnf).
         ValueError
             If variables are missing or unknown, or their shapes do not fit.
         """
@@ -314,7 +314,7 @@ class FlowApproximation(Approximation):
 
     @property
     def mean_data(self) -> Dataset:
-        """Mean of each variable on the unconstrained space; by quasi-Monte Carlo for flows."""
+        """Mean of each variable on the unconstrained space, for flows by quasi-Monte Carlo."""
         return self._labelled([g.mean for g in self.groups])
 
     @property
@@ -335,9 +335,9 @@ class FlowApproximation(Approximation):
     def state(self) -> VIState:
         """Mean and standard deviation of each variable in the model's own space.
 
-        Computed from 8192 draws with a fixed seed, so their Monte Carlo error is about 1% of the
-        standard deviation. After ``fit(..., include_transformed=True)`` the unconstrained variables
-        stand beside them.
+        They are computed from 8192 draws with a fixed seed, so their Monte Carlo error is about 1%
+        of the standard deviation. After ``fit(..., include_transformed=True)`` they include the
+        unconstrained variables.
         """
         values = self._draw(STATE_DRAWS, 0, self.model).values
         names = [rv.name for rv in self.model.free_RVs]
@@ -364,9 +364,9 @@ class NormalizingFlow(FlowApproximation):
     start : dict, DataTree or Approximation, optional
         Where a fit starts, as in :class:`FlowGroup`.
     params : dict, optional
-        ``{"weights": vector}``, instead of trainable weights of its own.
+        ``{"weights": vector}``, the weights to use instead of new trainable ones.
     **options
-        The family's.
+        Options of the family.
 
     Examples
     --------
@@ -417,12 +417,12 @@ class NormalizingFlow(FlowApproximation):
 
     @property
     def ordering(self) -> Ordering:
-        """Name, slice, shape and dtype of each variable in the flat vector, as PyMC has them."""
+        """Name, slice, shape and dtype of each variable in the flat vector, as in PyMC."""
         return self.groups[0].ordering
 
     @property
     def shared_params(self) -> Any:
-        """The trainable weights, one flat vector, by name."""
+        """The trainable weights by name, a flat vector."""
         return self.groups[0].shared_params
 
 

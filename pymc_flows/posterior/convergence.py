@@ -1,4 +1,4 @@
-"""How well chains of draws agree, over all scalars of a posterior."""
+"""Convergence of chains of draws, over all scalars of a posterior."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from pymc_flows.statistics import importance
 from pymc_flows.statistics.criteria import THRESHOLDS
 from pymc_flows.statistics.importance import khat_threshold, smooth
 
-# draws from which the first state of a chain is chosen
+# number of draws from which the first state of a chain is chosen
 POOL = 100
 # correlations of a move's noise with the noise before the move, used in turn; a small correlation
-# is a large step, which is often accepted only if the importance weights are even
+# is a large step, which is rarely accepted unless the importance weights are even
 CORRELATIONS = (0.5, 0.8, 0.95)
 
 
@@ -43,9 +43,9 @@ def importance_resample(
     draws : int, default 1000
         Number of draws to return. Draws with large weights are repeated.
     proposals : int, optional
-        Number of draws from the approximation to choose from; by default ten times ``draws``.
+        Number of draws of the approximation that are resampled; by default ten times ``draws``.
     random_seed : int, optional
-        Seed of the proposals and of the choice among them.
+        Seed of the proposals and of their selection.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def importance_resample(
     Warns
     -----
     UserWarning
-        If ``khat`` is above its threshold: the weights then can't correct the fit.
+        If ``khat`` is above its threshold, so that the weights can't correct the fit.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def resampled(drawn: DataTree, draws: int, seed: np.random.SeedSequence) -> Data
     draws : int
         Number of draws to return.
     seed : SeedSequence
-        Seed of the choice.
+        Seed of the selection.
 
     Raises
     ------
@@ -143,11 +143,11 @@ def sample_imh(
 
     A proposal does not depend on the state of the chain. It is accepted with probability
     ``min(1, w(new) / w(old))``, where w is the importance weight (Tierney 1994, section 2.3.3). The
-    chain converges to the posterior, but slowly if k-hat is large, because it stays for long at a
-    draw with a large weight. So each draw is moved afterwards by a few further
-    Metropolis-Hastings steps, accepted by the same rule, whose noise is correlated with the draw's
-    own (preconditioned Crank-Nicolson, Cotter et al. 2013, section 4.2). Equal draws thereby become
-    different ones (resample-move, Gilks & Berzuini 2001).
+    chain converges to the posterior, but slowly if k-hat is large, because it stays at a draw with
+    a large weight for many steps. Each draw is therefore moved afterwards by further
+    Metropolis-Hastings steps with the same acceptance rule. Their proposals correlate with the
+    current noise (preconditioned Crank-Nicolson, Cotter et al. 2013, section 4.2). Repeated draws
+    thereby become different (resample-move, Gilks & Berzuini 2001).
 
     Parameters
     ----------
@@ -159,11 +159,11 @@ def sample_imh(
         Number of chains. Each starts at one of 100 draws, chosen with probability proportional to
         its importance weight.
     tune : int, default 200
-        Number of first steps of each chain that are discarded.
+        Number of initial steps of each chain that are discarded.
     moves : int, default 9
-        Number of moves of each draw, from the state of its chain; 0 returns the chains themselves.
+        Number of moves of each draw of the chains; with 0 the chains are returned unchanged.
     random_seed : int, optional
-        Seed of everything.
+        Seed of proposals, acceptances and moves.
 
     Returns
     -------
@@ -205,7 +205,7 @@ def sample_imh(
     proposals = approx.sample(n_proposals, random_seed=_integer(sample))
     log_weights = _log_weights(proposals)
     states = _independence_chains(log_weights, choose.spawn(chains))
-    # with the step into the first draw that is kept
+    # including the step into the first draw that is kept
     accepted = (np.diff(states, axis=1) != 0)[:, -draws:]
     states = states[:, -draws:]
     result = _take(proposals, states, {"accepted": accepted}, {})
@@ -235,7 +235,7 @@ def sample_imh(
 
 
 def _warn_unless_converged(rhat: float, ess: float, chains: int, acceptance_rate: float) -> None:
-    # a nan is no convergence
+    # NaN counts as not converged
     if rhat <= THRESHOLDS.rhat and ess >= THRESHOLDS.effective_draws_per_chain * chains:
         return
     warn_user(
@@ -247,7 +247,7 @@ def _warn_unless_converged(rhat: float, ess: float, chains: int, acceptance_rate
 def _independence_chains(
     log_weights: np.ndarray, seeds: Sequence[np.random.SeedSequence]
 ) -> np.ndarray:
-    """States of chains, as indices (chains, 1 + steps) of proposals, the initial state first."""
+    """States of chains, as indices (chains, 1 + steps) of proposals; the initial state is first."""
     rows = np.arange(log_weights.size).reshape(len(seeds), -1)
     paths = [
         _independence_chain(log_weights, row, np.random.default_rng(seed))
@@ -259,7 +259,7 @@ def _independence_chains(
 def _independence_chain(
     log_weights: np.ndarray, row: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """States of one chain, as indices; ``row`` has its pool, then its proposals."""
+    """States of one chain, as indices into ``row``, which is its pool followed by its proposals."""
     pool = log_weights[row[:POOL]]
     if not np.isfinite(pool).any():
         raise _no_density(POOL)
@@ -282,8 +282,8 @@ def move_draws(
 ) -> tuple[Draws, float]:
     """Move draws by preconditioned Crank-Nicolson steps (Cotter et al. 2013, section 4.2).
 
-    The steps leave the posterior invariant; for groups with auxiliary variables (mnf), the joint
-    distribution of draws and auxiliary variables.
+    The steps leave the posterior invariant. For groups with auxiliary variables (mnf), they leave
+    the joint distribution of draws and auxiliary variables invariant.
 
     Parameters
     ----------
@@ -301,9 +301,9 @@ def move_draws(
     Returns
     -------
     moved : Draws
-        As many draws.
+        The moved draws, as many as were given.
     acceptance_rate : float
-        Over all steps and draws.
+        Mean over all steps and draws.
 
     Examples
     --------
@@ -339,7 +339,7 @@ def move_draws(
 
 
 def _replace_draws(result: DataTree, drawn: Draws) -> None:
-    """Replace the draws (chain, draw) of a DataTree by as many others, given chain after chain."""
+    """Replace the draws (chain, draw) of a DataTree by others, which are ordered by chain."""
     posterior, stats = (result[group].to_dataset() for group in ("posterior", "sample_stats"))
     for dataset, found in (
         (posterior, drawn.values),

@@ -31,16 +31,16 @@ def neutra_model(approx: Approximation) -> pm.Model:
     Parameters
     ----------
     approx : Approximation
-        A fit of pymc_flows or of PyMC. The model has a copy of its weights, so further training
-        does not change the model.
+        A fit of pymc_flows or of PyMC. The model copies its weights, so further training does not
+        change the model.
 
     Returns
     -------
     Model
-        Its only free variable is the standard normal ``noise`` (base dim,), for mnf groups with the
-        noise of their multipliers. The potential ``log_weight`` is log p - log q, in nats. The
-        original model's variables are deterministics, with their own names. If a base is not
-        standard normal, ``noise`` is flat, and the potential ``log_base`` is its log density.
+        Its only free variable is the standard normal ``noise`` (base dim,), which includes the
+        noise of the multipliers of mnf groups. The potential ``log_weight`` is log p - log q, in
+        nats. The original model's variables are deterministics, with their own names. If a base is
+        not standard normal, ``noise`` is flat, and the potential ``log_base`` is its log density.
 
     Raises
     ------
@@ -142,11 +142,11 @@ def sample_neutra(
     Raises
     ------
     TypeError
-        If ``approx`` is no approximation, or ``pm.sample`` has no such argument.
+        If ``approx`` is no approximation, or ``pm.sample`` does not accept an argument.
 
     Examples
     --------
-    Few draws, so that the example is fast; use the default number of draws and chains.
+    The example takes few draws to be fast; in practice use the default numbers of draws and chains.
 
     >>> import pymc as pm
     >>> import pymc_flows as pmf

@@ -28,7 +28,7 @@ def log_density_of_points(approx: Any, points: Any, space: str) -> np.ndarray:
     Parameters
     ----------
     approx : FlowApproximation
-        Its groups need densities of given points.
+        Its groups must be able to compute the density of a given point.
     points : mapping of str to array, Dataset or DataTree
         (\*sample shape, \*shape) of every free variable.
     space : {"constrained", "unconstrained"}
@@ -78,7 +78,7 @@ def _compiled(approx: Any, constrained: bool, shapes: Shapes) -> Callable[..., A
     zeros = [np.zeros(r.type.shape, dtype=r.dtype) for r in rows]
 
     def trial(compiled: Callable[..., Any]) -> None:
-        # zeros may lie outside a variable's support, which is no fault
+        # zeros may lie outside a variable's support, which is no error here
         with np.errstate(all="ignore"):
             compiled(*zeros)
 

@@ -9,34 +9,34 @@ from typing import Any
 
 @dataclass(eq=False)
 class FitStats(Mapping[str, Any]):
-    """The cost of a fit and how it ended: a mapping with these keys, also attributes.
+    """The cost and the result of a fit: a mapping whose keys are also attributes.
 
     A key whose value is None is not in the mapping.
 
     Attributes
     ----------
     gradient_evaluations : int
-        Gradients of one draw's log density; batches that were filled up count whole.
+        Gradients of one draw's log density, including those of draws that only fill up a batch.
     steps : int
-        Optimisation steps, of all stages and restarts.
+        Number of optimisation steps, over all stages and restarts.
     seconds : dict of str to float
         Wall time of the stages ``compile``, ``start`` and ``training``.
     stopped : str
-        Why the fit ended; :class:`pymc_flows.fit.stopping.StopReason` lists the sentences.
+        Reason why the fit ended; :class:`pymc_flows.fit.stopping.StopReason` lists the sentences.
     nonfinite_steps : int
-        Steps that were skipped, because loss, gradient or new weights were not finite.
+        Steps that were skipped because loss, gradient or new weights were not finite.
     invalid_draws : int
-        Draws without a finite density that were left out of the other steps.
+        Draws without a finite density, which the other steps left out.
     roll_backs : int
-        Returns to an earlier state, with a lower learning rate from there on.
+        Returns to an earlier state, each with a lower learning rate afterwards.
     local_reparameterization : list of str
         Matrices whose products with data were drawn instead of the matrices.
     start_elbo : float, optional
         ELBO in nats of the Gaussian that the search for a start found.
     modes : int, optional
-        Modes that the search found.
+        Number of modes that the search for a start found.
     modes_missed : int, optional
-        Modes that the search found and the fit does not cover.
+        Number of those modes that the fit does not cover.
     ess : float, optional
         Effective sample size at the end, as a share of the draws.
     elbo : float, optional
@@ -44,13 +44,13 @@ class FitStats(Mapping[str, Any]):
     state : str, optional
         State that was kept: ``"last"``, ``"best window"`` or ``"first"``.
     stages : list of dict, optional
-        For each stretch of training its ``first_step``, ``steps``, ``draws`` a step, steps of
-        ``annealing``, and why it ``stopped``.
+        For each stage of training its ``first_step``, ``steps``, ``draws`` per step, steps of
+        ``annealing``, and the reason why it ``stopped``.
     restarts : list of dict, optional
         For each restart its ``elbo``, the largest ``shift`` of a mean from the fit that was kept,
         in standard deviations, and the ``sd_ratio`` furthest from 1.
     restarts_agree : bool, optional
-        Whether restarts agree.
+        Whether restarts agree, by :func:`pymc_flows.statistics.criteria.restarts_agree`.
 
     Examples
     --------
@@ -99,7 +99,7 @@ class FitStats(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> FitStats:
-        """Make a record from a file's; keys of other versions are left out."""
+        """Make a record from that of a file; keys of other versions are ignored."""
         return cls(**{key: value for key, value in saved.items() if key in KEYS})
 
 

@@ -20,12 +20,12 @@ from pymc_flows.model.batching import batch_graphs
 from pymc_flows.model.log_density import log_density, value_slices
 from pymc_flows.model.minibatch import whole_model
 
-# draws that one call of a compiled function makes, at most
+# largest number of draws that one call of a compiled function makes
 CHUNK_DRAWS = 1000
-# limit on draws a call, times the number of data and dimensions; it bounds the memory of a call
+# largest product of draws per call and the number of data and dimensions; it bounds the memory
 CHUNK_ELEMENTS = 2**24
-# attribute ``density`` of ``log_q`` in sample_stats, for groups of matrices (mnf): ``log_q`` is the
-# log density of draws and auxiliary variables jointly, less the auxiliary log density
+# attribute ``density`` of ``log_q`` in sample_stats for mnf groups: ``log_q`` is the joint log
+# density of draws and auxiliary variables minus the auxiliary log density
 AUXILIARY_DENSITY = "joint with auxiliary variables"
 
 
@@ -57,9 +57,9 @@ class Sampler:
     Parameters
     ----------
     approx : FlowApproximation
-        Approximation that draws are made from.
+        The approximation to draw from.
     model : Model
-        Model that the variables belong to. Its data may differ from those of the fit. A model of
+        The model of the variables. Its data may differ from those of the fit. A model with
         minibatches is replaced by the same model on all of its data.
     """
 
@@ -82,7 +82,7 @@ class Sampler:
         )
 
     def draw(self, draws: int, random_seed: Any) -> Draws:
-        """Make fresh draws; the same seed gives the same."""
+        """Make fresh draws; the same seed gives the same draws."""
         streams = noise_streams(self.approx, random_seed)
         sizes = [member.noise_dim for member in self.approx.members]
         chunks = (
@@ -115,7 +115,7 @@ class Sampler:
 
 
 def noise_streams(approx: Any, random_seed: Any) -> list[np.random.Generator]:
-    """One generator for each group, so that its draws do not depend on other groups' sizes."""
+    """Return a generator for each group, whose draws do not depend on the sizes of other groups."""
     (seed,) = _get_seeds_per_chain(random_seed, 1)
     return [
         np.random.default_rng(stream)
@@ -134,7 +134,7 @@ def _data(model: pm.Model) -> Iterator[Any]:
 
 
 def trace_of(drawn: Draws, model: pm.Model) -> MultiTrace:
-    """Put draws into a trace of one chain, as PyMC's samplers return it."""
+    """Put draws into a trace of one chain, like those of PyMC's samplers."""
     n_draws = len(drawn.log_q)
     trace = NDArray(
         model=model,

@@ -47,7 +47,7 @@ def check_signature(
     model : Model
         The model to compare.
     strict : bool
-        If False, other distributions, data and densities only lead to a warning.
+        If False, differences in distributions, data and densities only lead to a warning.
     path : path-like
         The file, for messages.
     """
@@ -57,12 +57,12 @@ def check_signature(
         return
     message = f"the model differs from the one that {path} was fitted to: {'; '.join(differences)}"
     if strict:
-        raise ValueError(f"{message}. strict=False loads it all the same")
+        raise ValueError(f"{message}. strict=False loads it nevertheless")
     warn_user(message)
 
 
 def _check_variables(saved: dict[str, Any], model: pm.Model, path: Any) -> None:
-    """Raise ValueError unless names, shapes and transforms of the free variables are as fitted."""
+    """Raise ValueError unless free variables have the fit's names, shapes and transforms."""
     here = {rv.name: _variable(model, rv) for rv in model.free_RVs}
     missing = [name for name in saved if name not in here]
     extra = [name for name in here if name not in saved]
@@ -84,7 +84,7 @@ def _check_variables(saved: dict[str, Any], model: pm.Model, path: Any) -> None:
 def _differences(
     saved: dict[str, Any], arrays: dict[str, np.ndarray], model: pm.Model
 ) -> list[str]:
-    """Differences in distributions, data and log densities from the fitted model, in words."""
+    """Describe the differences in distributions, data and log densities from the fitted model."""
     here = {rv.name: _variable(model, rv)["distribution"] for rv in model.free_RVs}
     differences = [
         f"distribution of {name!r} was {variable['distribution']} and is {here[name]}"

@@ -30,7 +30,7 @@ FORMAT = "pymc_flows fit"
 FORMAT_VERSION = 4
 # packages whose versions are written to the file
 LIBRARIES = ("pymc-flows", "pymc", "pytensor", "numpy")
-# function that makes a group from its record, by the group's kind in a file
+# kind of a group in a file, to the function that makes a group from its record
 READERS = {
     FlowGroup.kind: FlowGroup.from_record,
     MNFGroup.kind: MNFGroup.from_record,
@@ -40,14 +40,14 @@ READERS = {
 
 
 def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
-    """Write an approximation to a file. An existing file is replaced once all is written.
+    """Write an approximation to a file. An existing file is replaced after all is written.
 
     Parameters
     ----------
     approx : Approximation
         A fit of pymc_flows, or of PyMC's mean-field or full-rank ADVI.
     path : path-like
-        The file. Its content is netCDF, whatever the ending of its name.
+        The file. Its content is netCDF, whatever its extension.
 
     Raises
     ------
@@ -109,14 +109,14 @@ def save(approx: Approximation, path: str | os.PathLike[str]) -> None:
 def load(
     path: str | os.PathLike[str], model: pm.Model | None = None, *, strict: bool = True
 ) -> FlowApproximation:
-    """Read an approximation that :func:`save` wrote. It draws the same from the same seeds.
+    """Read an approximation that :func:`save` wrote. The same seeds give the same draws as before.
 
     Parameters
     ----------
     path : path-like
         The file.
     model : Model, optional
-        The model that was fitted, built anew; taken from the context otherwise.
+        The fitted model, built again; the model of the context by default.
     strict : bool, default True
         Raise an error if the model's distributions, data or densities differ from the fitted
         model's; False only warns. Other variables, shapes or transforms are always an error. If a
@@ -126,15 +126,16 @@ def load(
     Returns
     -------
     FlowApproximation
-        With ``hist`` and ``fit_stats`` of the fit; ``pmf.NFVI(approx).fit()`` trains it further.
+        It has the ``hist`` and ``fit_stats`` of the fit. ``pmf.NFVI(approx).fit()`` trains it
+        further.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, not one of :func:`save`, or of a later version; or if the model
-        differs from the fitted one.
+        If the file is damaged, was not written by :func:`save`, or is of a later version; or if the
+        model differs from the fitted one.
 
     Examples
     --------

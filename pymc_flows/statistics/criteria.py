@@ -1,4 +1,4 @@
-"""Every threshold by which a fit is accepted, continued, graded or refused, and its tests.
+"""Every threshold by which a fit is accepted, continued, graded or refused, and its test.
 
 The start, the ladder, the diagnosis, the comparison, the corrections and the benchmarks all read
 this module. To change a criterion, change it here.
@@ -16,7 +16,7 @@ from pymc_flows.statistics.importance import WeightedChange
 
 @dataclass(frozen=True)
 class Grade:
-    """Limits of a grade, for the worst scalar parameter; in reference standard deviations.
+    """Limits of a grade for the worst scalar parameter, in standard deviations of the reference.
 
     Attributes
     ----------
@@ -63,68 +63,70 @@ class Thresholds:
     Attributes
     ----------
     even_ess : float
-        Weights with at least this ess are even, whatever they would move.
+        Weights with at least this ess are even, whatever they would change.
     least_ess : float
-        With less, a few draws decide, and unmoved moments mean nothing.
+        With a smaller ess, a few draws determine the weighted moments, so these are not trusted.
     mean_shift : float
-        Largest shift of a mean, beyond one standard error, that leaves moments unmoved.
+        Largest shift of a mean, minus one standard error, with which moments count as unchanged.
     variance_change : float
-        Largest change of a variance, beyond one standard error, that leaves moments unmoved.
+        Largest change of a variance, minus one standard error, with which moments count as
+        unchanged.
     w1 : float
-        Largest w1, beyond twice its noise, that leaves a marginal's shape as it is.
+        Largest w1, minus twice its noise, with which the shape of a marginal counts as unchanged.
     start_ess : float
-        Least ess with which a Gaussian may be the answer.
+        Smallest ess with which a Gaussian is accepted without a flow.
     start_mean_shift : float
-        Largest shift of a mean, beyond one standard error, with which it may.
+        Largest shift of a mean, minus one standard error, with which a Gaussian is accepted.
     start_variance_change : float
-        Largest change of a variance, beyond one standard error, with which it may.
+        Largest change of a variance, minus one standard error, with which a Gaussian is accepted.
     start_margin : float
         Factor on the two limits above for shifts from which no standard error is subtracted.
     start_draws : int
-        Draws by which a Gaussian is tested.
+        Number of draws on which a Gaussian is tested.
     mixture_ess : float
-        Least ess with which Gaussians at several modes are together near the posterior.
+        Smallest ess with which a mixture of Gaussians at several modes is near the posterior.
     early_ess : float
-        Least ess with which training may end while its loss still falls, in few dimensions.
+        Smallest ess with which training may end while its loss still falls, in few dimensions.
     early_least_ess : float
         The same in many dimensions.
     early_log_ess_per_dim : float
-        By how much each dimension lowers the logarithm of that limit.
+        Amount by which each dimension lowers the logarithm of that limit.
     ess_noise : float
-        What an ess from a few draws may fall short by, and more draws be worth weighing.
-    hopeless_ess_of_few : float
-        Ess from a few draws below which more draws are weighed, to see whether the stage is
-        hopeless.
-    hopeless_ess : float
-        Ess below which a stage is ended early because a larger flow will follow.
+        Amount by which an ess from few draws may be below a limit and more draws still be weighed.
+    uneven_ess_of_few : float
+        Ess from few draws below which more draws are weighed, to test it against ``uneven_ess``.
+    uneven_ess : float
+        Ess below which weights are unlikely to become even. A stage then ends early if a larger
+        flow follows.
     doubtful_ess : float
-        Ess below which four times as many draws are weighed, for one heavy draw can decide it.
+        Ess below which four times as many draws are weighed, because one large weight can decide
+        it.
     mode_log_ratio : float
         Nats by which the posterior must exceed the fit at a mode for the mode to count as missed.
     mode_share : float
-        Share of the posterior around a mode that must be left out for it to count as missed.
+        Share of the posterior that the fit must miss around a mode for the mode to count as missed.
     restart_shift : float
         Largest difference of means, in standard deviations, between restarts that agree.
     restart_sd_ratio : float
         Largest ratio of standard deviations, either way, between restarts that agree.
     reliable_mean_error : float
-        Largest stated error of a mean with which a fit is reliable as it is; that of grade
-        "accurate".
+        Largest stated error of a mean with which a fit is reliable without correction; the limit of
+        grade "accurate".
     reliable_sd_error : float
-        Largest stated relative error of a standard deviation with which it is.
+        Largest stated relative error of a standard deviation with which a fit is reliable.
     reliable_quantile_error : float
-        Largest w1 with which it is.
+        Largest w1 with which a fit is reliable.
     standard_errors : float
-        Standard errors added to an estimated error when it is stated.
+        Number of standard errors that are added to an estimated error when it is stated.
     effective_draws : int
         Fewest effective draws that a correction or a diagnosis can work with.
     invalid_share : float
-        Largest share of draws without a finite density in a fit that may be relied on; of steps
-        that were skipped, the largest without a warning.
+        Largest share of draws without a finite density in a reliable fit, and largest share of
+        skipped steps without a warning.
     rhat : float
         Largest R-hat of chains that have converged (Vehtari et al. 2021).
     effective_draws_per_chain : int
-        Fewest effective draws a chain (Vehtari et al. 2021).
+        Fewest effective draws per chain of chains that have converged (Vehtari et al. 2021).
     """
 
     even_ess: float = 0.75
@@ -142,8 +144,8 @@ class Thresholds:
     early_least_ess: float = 0.8
     early_log_ess_per_dim: float = 0.004
     ess_noise: float = 0.05
-    hopeless_ess_of_few: float = 0.6
-    hopeless_ess: float = 0.4
+    uneven_ess_of_few: float = 0.6
+    uneven_ess: float = 0.4
     doubtful_ess: float = 0.9
     mode_log_ratio: float = 2.0
     mode_share: float = 0.02
@@ -163,12 +165,12 @@ THRESHOLDS = Thresholds()
 
 
 def keeps_shape(change: WeightedChange) -> bool:
-    """Whether the weights leave quantiles as they are; two modes in one hump would not."""
+    """Whether the weights leave quantiles unchanged; moments alone would not show a second mode."""
     return float(change.w1.max() - 2 * change.w1_noise) < THRESHOLDS.w1
 
 
 def keeps_moments(change: WeightedChange) -> bool:
-    """Whether the weights leave means and variances where they are."""
+    """Whether the weights leave means and variances unchanged."""
     return (
         change.clear_mean_shift <= THRESHOLDS.mean_shift
         and change.clear_variance_change <= THRESHOLDS.variance_change
@@ -183,7 +185,7 @@ def weights_are_even(change: WeightedChange) -> bool:
 
 
 def gaussian_suffices(change: WeightedChange) -> bool:
-    """Whether a Gaussian whose draws were weighed may be the answer, without a flow."""
+    """Whether a Gaussian is accepted without a flow, by the weights of its draws."""
     shift, variance = THRESHOLDS.start_mean_shift, THRESHOLDS.start_variance_change
     clear = max(change.clear_mean_shift / shift, change.clear_variance_change / variance)
     whole = max(change.mean_shift.max() / shift, change.variance_change.max() / variance)
@@ -196,9 +198,10 @@ def gaussian_suffices(change: WeightedChange) -> bool:
 
 
 def early_ess(dim: int) -> float:
-    """Least ess with which training may end while its loss still falls.
+    """Smallest ess with which training may end while its loss still falls.
 
-    The same misfit in each of more dimensions leaves less even weights.
+    The limit falls with the dimension, because equal errors in more dimensions make weights less
+    even.
     """
     in_many = math.exp(-THRESHOLDS.early_log_ess_per_dim * dim)
     return max(THRESHOLDS.early_least_ess, min(THRESHOLDS.early_ess, in_many))

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Random directions of the sliced Wasserstein distance.
+# Number of random directions of the sliced Wasserstein distance.
 N_DIRECTIONS = 50
 
-# Random permutations behind a null level; the smallest possible p-value is 1/201.
+# Number of random permutations for a null level; the smallest possible p-value is 1/201.
 N_PERMUTATIONS = 200
 
-# Most draws of each set that a joint distance uses: the time of `mmd` is quadratic in them.
+# Largest number of draws of each set in a joint distance; the time of `mmd` is quadratic in it.
 MOST_DRAWS = 1000
 
-# A distance that exceeds this quantile of the permutations is larger than the null explains.
+# Quantile of the permuted distances above which a distance is larger than the null explains.
 NULL_LEVEL = 0.95
 
 
@@ -78,17 +78,17 @@ def wasserstein(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def transport(values: np.ndarray, surplus: np.ndarray) -> np.ndarray:
-    """Smallest work (scalars,) that moves a surplus of mass to a deficit along each row of values.
+    """Smallest cost (scalars,) of moving a surplus of mass to a deficit along each row of values.
 
-    With the weights of draws minus one over their number as the surplus, this is the Wasserstein-1
-    distance between the draws and the weighted draws.
+    If the surplus is the weights of draws minus one over their number, the cost is the
+    Wasserstein-1 distance between the draws and the weighted draws.
 
     Parameters
     ----------
     values : ndarray
         (scalars, draws), the positions.
     surplus : ndarray
-        (draws,), mass to remove at each position, negative where mass is missing. It sums to 0.
+        (draws,), mass to remove at each position, negative for mass to add. It sums to 0.
 
     Examples
     --------

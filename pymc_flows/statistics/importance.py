@@ -1,4 +1,4 @@
-"""Importance weights: their effective sample size, their tail, and what they would change."""
+"""Importance weights: effective sample size, tail, and the changes that they would make."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from pymc_flows.statistics.distances import transport
 
-# nats; log weights that differ by less are equal up to rounding
+# log weights that differ by less than this, in nats, are equal up to rounding
 EQUAL = 1e-6
-# nats below the smallest finite log weight; what stands for a weight of zero while others are
-# smoothed
+# nats by which the stand-in for a log weight of -inf is below the smallest finite log weight, while
+# weights are smoothed
 BELOW = 50.0
 
 
@@ -50,8 +50,8 @@ class SmoothedWeights:
         (draws,), smoothed, with sum one.
     khat : float
         Shape of the generalised Pareto distribution of the largest weights. Below 0.5 they have a
-        variance, below 1 a mean. 0 where all weights are equal, infinite where fewer than two are
-        finite.
+        finite variance, and below 1 a finite mean. It is 0 if all weights are equal, and infinite
+        if fewer than two are finite.
     log_evidence : float
         Log of the mean smoothed weight, in nats.
     log_evidence_se : float
@@ -70,7 +70,7 @@ class SmoothedWeights:
 
 
 def khat_threshold(n_draws: int) -> float:
-    """Largest k-hat at which this many draws are enough (Vehtari et al. 2024, section 3.2.4).
+    """Largest k-hat for which this number of draws suffices (Vehtari et al. 2024, section 3.2.4).
 
     >>> round(khat_threshold(4000), 2)
     0.7
@@ -115,7 +115,7 @@ def smooth(log_weights: np.ndarray) -> SmoothedWeights:
 
 @dataclass(frozen=True)
 class WeightedChange:
-    """What importance weights would change in the draws of an approximation.
+    """Changes that importance weights would make in the draws of an approximation.
 
     Attributes
     ----------
@@ -158,12 +158,12 @@ NORMAL_W1 = 1.29
 
 
 def weighted_change(log_weights: np.ndarray, z: np.ndarray) -> WeightedChange:
-    """Estimate what importance weights would change.
+    """Estimate the changes that importance weights would make.
 
     Parameters
     ----------
     log_weights : ndarray
-        (draws,), log density of the posterior less that of the approximation, in nats.
+        (draws,), log density of the posterior minus that of the approximation, in nats.
     z : ndarray
         (draws, dim), the draws, each dimension with mean 0 and standard deviation 1.
 

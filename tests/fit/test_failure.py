@@ -24,4 +24,4 @@ def test_the_failing_variable_is_named(python):
 
 def test_if_the_model_is_finite_the_message_names_the_update(python):
     message = explain_failure(located(), "")
-    assert "the update of the approximation of 'x' is not: is the learning rate finite" in message
+    assert "the update of the approximation of 'x' is not finite: lower the learning" in message

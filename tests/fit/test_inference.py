@@ -394,7 +394,7 @@ def test_profiling_returns_a_profile(normal, python):
 
 def test_a_rate_of_nan_ends_in_an_error(normal, python):
     optimizer = pm.sgd(learning_rate=np.nan)
-    with pytest.raises(FloatingPointError, match="is the learning rate finite"):
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
         tiny(normal, 60, obj_optimizer=optimizer)
 
 

@@ -59,7 +59,7 @@ def test_restarts_need_a_fixed_density(python):
         mu = pm.Normal("mu")
         batch = pm.Minibatch(np.zeros(20), batch_size=5)
         pm.Normal("y", mu, 1, observed=batch, total_size=20)
-        with pytest.raises(ValueError, match="n_restarts must be 1 where the density changes"):
+        with pytest.raises(ValueError, match="n_restarts must be 1 if the density changes"):
             NFVI("scale-loc").fit(1, n_restarts=2, progressbar=False)
 
 

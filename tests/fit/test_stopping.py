@@ -89,7 +89,7 @@ def ask(test, n_cuts=2, n_taken=100):
     ("ess", "grows", "asked", "reason"),
     [
         (0.97, False, ["few", "many"], StopReason.EVEN_WEIGHTS),
-        # neither even nor hopeless: more steps tell more than more draws
+        # neither even nor clearly uneven: train further, weigh no more draws
         (0.8, True, ["few"], None),
         (0.5, True, ["few", "decide"], None),
         (0.3, True, ["few", "decide"], StopReason.LARGER_FLOW_NEEDED),

@@ -107,7 +107,7 @@ def test_an_encoder_of_shared_variables_is_trained_too():
 @pytest.mark.parametrize(
     ("context", "options", "message"),
     [
-        (np.zeros((3, 1)), {}, "a row for each of z's, whose shape is .2,., got 3 rows"),
+        (np.zeros((3, 1)), {}, "a row for each row of z, of shape .2,., got 3 rows"),
         (np.zeros((2, 1)), {"base": "student_t"}, "with a context, base must be 'normal'"),
     ],
 )

@@ -13,7 +13,7 @@ from pymc_flows.posterior.point_density import log_density_of_points
 
 @pytest.fixture
 def approx(python, monkeypatch):
-    """A lognormal approximation of one positive variable; few rows a call."""
+    """A lognormal approximation of one positive variable; few rows per call."""
     monkeypatch.setattr(point_density, "CHUNK_DRAWS", 4)
     with pm.Model() as model:
         x = pm.HalfNormal("x")

@@ -12,7 +12,7 @@ from pymc_flows.posterior.sampling import Sampler, noise_streams, trace_of
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Few draws a call, so that several calls are needed."""
+    """Few draws per call, so that several calls are needed."""
     monkeypatch.setattr(sampling, "CHUNK_DRAWS", 8)
 
 

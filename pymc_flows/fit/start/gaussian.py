@@ -16,11 +16,11 @@ from pymc_flows.statistics.importance import log_weights, normalise, weighted_ch
 LogDensityAndScore = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Maps points (points, dim) to log densities (points,) and their gradients (points, dim)."""
 
-# standard deviations a dimension within which a Gaussian contains a point; chosen by trial
+# standard deviations per dimension within which a Gaussian contains a point; chosen by trial
 CONTAINED_RADIUS = 3.0
 # draws on which candidates are compared; chosen by trial
 COMPARISON_DRAWS = 256
-# draws a dimension that a covariance is estimated from, not variances alone; chosen by trial
+# fewest draws per dimension from which a full covariance is estimated; chosen by trial
 COVARIANCE_DRAWS_PER_DIM = 3
 # smallest standard deviation estimated from draws, so that equal draws leave a factor invertible
 MIN_SCALE = 1e-12
@@ -65,7 +65,7 @@ class Gaussian:
         return self.loc + self.factor.times(z)
 
     def whiten(self, x: np.ndarray) -> np.ndarray:
-        """Map points x (points, dim) to the z (points, dim) from which :meth:`draws` makes them."""
+        """Invert :meth:`draws`: map points x (points, dim) to z (points, dim)."""
         return self.factor.solve(x - self.loc)
 
     def whiten_score(self, score: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ class Gaussian:
         return self.factor.times_transposed(score)
 
     def contains(self, x: np.ndarray) -> np.ndarray:
-        """Whether points x (points, dim) lie within three standard deviations a dimension."""
+        """Whether points x (points, dim) lie within three standard deviations per dimension."""
         return np.linalg.norm(self.whiten(x), axis=1) <= CONTAINED_RADIUS * self.loc.size**0.5
 
     def log_density(self, z: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ class Gaussian:
     def updated(
         self, shift: np.ndarray, values: np.ndarray, vectors: np.ndarray | None = None
     ) -> Gaussian:
-        """Gaussian that has, in units of this one, another mean and covariance.
+        """Return a Gaussian whose mean and covariance are given in units of this one.
 
         Parameters
         ----------
@@ -119,18 +119,18 @@ class Gaussian:
         vectors: np.ndarray,
         max_rank: int = DEFAULT_SETTINGS.max_rank,
     ) -> Gaussian:
-        """Gaussian that has, in units of this one, another mean and a few other variances.
+        """Return a Gaussian whose mean and some variances are given in units of this one.
 
         Parameters
         ----------
         shift : ndarray
             (dim,), the mean in z.
         values : ndarray
-            (rank,), variances along the directions.
+            (rank,), variances along the directions in ``vectors``.
         vectors : ndarray
             (dim, rank), orthonormal directions.
         max_rank : int
-            Largest rank beside a diagonal.
+            Largest rank of the term that is added to a diagonal.
         """
         loc = self.draws(shift[None])[0]
         return Gaussian(loc, self.factor.rescaled_along(values, vectors, max_rank))
@@ -177,7 +177,7 @@ def is_valid(log_p: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 
 def mean_and_se(terms: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error; -inf and inf if a far too wide Gaussian makes them overflow."""
+    """Mean and its standard error; -inf and inf if a Gaussian is so wide that they overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
         mean, se = float(terms.mean()), float(terms.std() / terms.size**0.5)
     return (mean, se) if np.isfinite(mean) and np.isfinite(se) else (-np.inf, np.inf)
@@ -189,7 +189,7 @@ def estimate_elbo(target: LogDensityAndScore, gaussian: Gaussian, noise: np.ndar
     Returns
     -------
     Gaussian
-        The same one with its ELBO, -inf if any draw has no finite log density and score.
+        The same Gaussian with its ELBO, which is -inf if a log density or score is not finite.
     """
     log_p, score = target(gaussian.draws(noise))
     if not is_valid(log_p, score).all():
@@ -204,7 +204,7 @@ def best_by_elbo(
     rng: np.random.Generator,
     n_errors: float = 1.0,
 ) -> Gaussian:
-    """Gaussian with the highest ELBO on fresh common draws, less so many of its standard errors."""
+    """Return the Gaussian with the highest ELBO minus ``n_errors`` of its standard errors."""
     noise = balanced_noise(rng, COMPARISON_DRAWS, gaussians[0].loc.size)
     estimated = [estimate_elbo(target, g, noise) for g in gaussians]
     return max(estimated, key=lambda g: g.elbo - n_errors * g.elbo_se)

@@ -1,4 +1,4 @@
-"""Covariances beyond full ones: a low rank beside a diagonal, from Lanczos iterations."""
+"""Covariances in many dimensions: a diagonal plus a low rank, found by Lanczos iterations."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pymc_flows.fit.start.gaussian import (
 from pymc_flows.fit.start.natural_gradient import natural_gradient_ascent
 from pymc_flows.fit.start.settings import DEFAULT_SETTINGS, StartSettings
 
-# Lanczos iterations, hence directions, of a round at most; chosen by trial
+# largest number of Lanczos iterations per round, each of which adds a direction; chosen by trial
 LANCZOS_STEPS = 24
-# draws over which a Hessian-vector product is averaged; chosen by trial
+# draws per Hessian-vector product; chosen by trial
 LANCZOS_DRAWS = 32
-# standard deviations of the present Gaussian over which differences of the score are taken
+# length of the differences of the score, in standard deviations of the current Gaussian
 DIFFERENCE_SIZE = 1e-3
-# norm below which a direction lies in the span of the earlier ones up to rounding
+# norm below which a direction depends on the earlier ones, up to rounding
 DEPENDENT = 1e-8
-# bounds on the curvatures of a round, in units of the present Gaussian
+# lower and upper bound on the curvatures of a round, in units of the current Gaussian
 CURVATURE_BOUNDS = (1e-2, 1e4)
-# largest difference of a curvature from 1, and largest gradient, with which a Gaussian fits
+# a Gaussian fits if no curvature differs from 1, and no gradient from 0, by more than this
 FIT_TOLERANCE = 0.1
 # longest step of the mean, in standard deviations times the square root of the number of dimensions
 MAX_STEP = 2.0
 
-# natural-gradient steps after a round
+# natural-gradient steps after each round
 ASCENT_STEPS = 4
-# shares of the longest step that are compared in a round
+# fractions of the longest step that are compared in a round
 STEP_SHARES = (1.0, 0.3, 0.1)
 # factor on the longest step after a round that found no better Gaussian
 SHRINKAGE = 0.1
-# factor on the longest step after any other round; it is at most 1
+# factor on the longest step after any other round; the longest step is at most 1
 GROWTH = 3.0
-# factor by which the standard deviations of the narrower candidate are smaller
+# factor by which the standard deviations of the narrower candidate are divided
 NARROWING = 1.5
-# nats, at least, and at least one standard error, that a round must gain
+# smallest gain of the ELBO in a round, in nats; the gain must also exceed one standard error
 MIN_GAIN = 0.1
-# rounds in a row without a gain after which the search ends: one may be lost to its draws
+# rounds in a row without a gain after which the search ends; one round may fail by its noise
 PATIENCE = 2
 
 
@@ -51,16 +51,16 @@ def add_low_rank(
     rng: np.random.Generator,
     settings: StartSettings = DEFAULT_SETTINGS,
 ) -> Gaussian:
-    """Correlate a Gaussian with too many dimensions for a full covariance, while its ELBO rises.
+    """Add a low rank to a Gaussian's diagonal covariance, as long as its ELBO rises.
 
     Parameters
     ----------
     target : callable
         Points (points, dim) to log densities (points,) and scores (points, dim).
     gaussian : Gaussian
-        Returned as it is up to ``settings.full_max_dim`` dimensions.
+        The Gaussian to start from, returned unchanged up to ``settings.full_max_dim`` dimensions.
     rng : Generator
-        Draws the noise.
+        Source of the noise.
     settings : StartSettings
         Limits that depend on the number of dimensions.
 
@@ -83,11 +83,11 @@ def add_low_rank(
             gaussian.updated_along(by * shift, values**by, vectors, settings.max_rank)
             for by in lengths
         ]
-        # if rare draws far out dominate the ELBO, only a narrower Gaussian improves it
+        # if rare draws in the tails dominate the ELBO, only a narrower Gaussian improves it
         candidates.append(gaussian.narrowed(NARROWING))
         candidates = [gaussian, *(estimate_elbo(target, g, noise) for g in candidates)]
         stepped = max(candidates, key=lambda g: g.elbo)
-        # the mean Hessian is that of all draws: if they are widely spread, its step may be too long
+        # the Hessian is a mean over all draws; if they are widely spread, its step may be too long
         longest = SHRINKAGE * longest if stepped is gaussian else min(1.0, GROWTH * longest)
         ascended = natural_gradient_ascent(target, stepped, rng, ASCENT_STEPS, settings)
         ascended = estimate_elbo(target, ascended, noise)
@@ -102,19 +102,19 @@ def add_low_rank(
 def lanczos_step(
     target: LogDensityAndScore, gaussian: Gaussian, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Newton step of a Gaussian's mean and of its variances along the directions that fit least.
+    """Newton step of a Gaussian's mean, and of its variances along the directions of worst fit.
 
-    In units of the Gaussian, minus the mean Hessian over its draws is the identity if the Gaussian
-    fits. Only products of that Hessian with vectors are taken, by central differences of the score.
-    Lanczos iterations (Golub & Van Loan 2013, section 10.1) from the mean gradient find its extreme
-    eigenvectors, of both ends at once, and the step of the mean, which is that of conjugate
-    gradients.
+    In units of the Gaussian, the negative mean Hessian over its draws is the identity if the
+    Gaussian fits. Only products of that Hessian with vectors are computed, by central differences
+    of the score. Lanczos iterations (Golub & Van Loan 2013, section 10.1) from the mean gradient
+    find the eigenvectors of its largest and smallest eigenvalues. They also give the step of the
+    mean, which equals that of conjugate gradients.
 
     Returns
     -------
     shift, values, vectors : ndarray
-        (dim,), (rank,) and (dim, rank), the arguments of :meth:`Gaussian.updated_along`. None in
-        place of all three if the Gaussian fits, or if the density is not finite at a draw.
+        (dim,), (rank,) and (dim, rank), the arguments of :meth:`Gaussian.updated_along`. All three
+        are None if the Gaussian fits, or if the density is not finite at a draw.
     """
     dim = gaussian.loc.size
     noise = balanced_noise(rng, LANCZOS_DRAWS, dim)
@@ -135,7 +135,8 @@ def lanczos_step(
         direction = image
     products = basis @ np.array(images).T
     values, vectors = np.linalg.eigh((products + products.T) / 2)
-    # upward curvature counts as downward (Dauphin et al. 2014, arXiv:1406.2572)
+    # negative curvatures are replaced by their absolute values (Dauphin et al. 2014,
+    # arXiv:1406.2572)
     values, vectors = np.clip(np.abs(values), *CURVATURE_BOUNDS), basis.T @ vectors
     if np.abs(values - 1).max() < FIT_TOLERANCE and np.linalg.norm(gradient) < FIT_TOLERANCE:
         return None
@@ -147,7 +148,7 @@ def lanczos_step(
 def _curvature_times(
     target: LogDensityAndScore, gaussian: Gaussian, noise: np.ndarray, direction: np.ndarray
 ) -> np.ndarray | None:
-    """Minus the mean Hessian, in units of the Gaussian, times a unit vector; None if not finite."""
+    """Negative mean Hessian, in units of the Gaussian, times a unit vector; None if not finite."""
     away = DIFFERENCE_SIZE * direction
     both = np.concatenate([noise + away, noise - away])
     score = gaussian.whiten_score(target(gaussian.draws(both))[1])

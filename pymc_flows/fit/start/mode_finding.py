@@ -15,40 +15,40 @@ CurvaturePair = tuple[np.ndarray, np.ndarray]
 
 # points from which L-BFGS starts; chosen by trial
 N_STARTING_POINTS = 8
-# half-widths of the boxes around the initial point, one a retry, in which points are redrawn
+# half-width of the box around the initial point in which points are redrawn, for each retry
 RETRY_HALF_WIDTHS = (1.0, 0.5, 0.2, 0.05, 5.0, 20.0)
 # half-width of the box around the initial point in which starting points are first drawn
 BOX_HALF_WIDTH = 2.0
 # curvature pairs that L-BFGS remembers; Nocedal & Wright 2006, section 7.2, find 3 to 20 useful
 MEMORY = 20
-# multiples of the quasi-Newton step that are evaluated together
+# step lengths that are evaluated together, as multiples of the quasi-Newton step
 STEP_LENGTHS = np.array([1.0, 0.3, 3.0, 0.1, 0.03, 0.01, 1e-3, 1e-5])
-# lengths of a first step, along the normalised gradient, that are evaluated together
+# lengths of the first step, along the normalised gradient, that are evaluated together
 FIRST_STEP_LENGTHS = np.geomspace(1e-6, 1e2, STEP_LENGTHS.size)
-# L-BFGS iterations at most; chosen by trial
+# largest number of L-BFGS iterations; chosen by trial
 MAX_ITERATIONS = 100
-# nats; a run whose iteration gains less has converged
+# a run has converged if an iteration gains less than this, in nats
 MIN_GAIN = 1e-4
-# iterations, the starting point included, before which a small gain does not end a run
+# fewest iterations, the starting point included, before a small gain ends a run
 MIN_ITERATIONS = 5
-# largest coordinate of a point; a run beyond has diverged
+# a run has diverged if a coordinate of its point is larger than this
 DIVERGED = 1e9
-# least cosine between s and y with which a curvature pair is kept
+# smallest cosine between s and y with which a curvature pair is kept
 MIN_CURVATURE_COSINE = 1e-10
-# relative differences of log densities that may be rounding alone
+# largest relative difference of log densities that may be due to rounding
 ROUNDING = 1e-9
-# bounds of the variances of a diagonal inverse Hessian
+# lower and upper bound on the variances of a diagonal inverse Hessian
 VARIANCE_BOUNDS = (1e-12, 1e12)
 
-# damped Newton steps at most; chosen by trial
+# largest number of damped Newton steps; chosen by trial
 NEWTON_STEPS = 12
-# standard deviations of the present Gaussian over which differences of the score are taken
+# length of the differences of the score, in standard deviations of the current Gaussian
 DIFFERENCE_SIZE = 1e-3
-# least curvature in units of the present Gaussian; a standard deviation grows at most 100-fold
+# smallest curvature in units of the current Gaussian, so that a step widens it at most 100-fold
 MIN_CURVATURE = 1e-4
-# multiples of the Newton step that are evaluated together
+# step lengths that are evaluated together, as multiples of the Newton step
 NEWTON_LENGTHS = np.array([0.0, 1.0, 0.5, 0.1, 0.01, 1e-3])
-# largest difference from 1 of the curvatures, in those units, at which Newton has converged
+# Newton's method has converged if all curvatures, in those units, are this close to 1
 NEWTON_CURVATURE_TOLERANCE = 0.1
 
 
@@ -59,7 +59,7 @@ class NoStartError(ValueError):
 def starting_points(
     target: LogDensityAndScore, initial: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw points with a finite density around the initial one, which is the first of them.
+    """Draw points with a finite density around the initial point, which comes first.
 
     Returns
     -------
@@ -95,24 +95,25 @@ class ParallelLBFGS:
     """L-BFGS runs from several points in parallel (Nocedal & Wright 2006, algorithm 7.4).
 
     Every iteration evaluates several step lengths of every run in one call of the density, and
-    takes the length with the highest density; this may carry a run across a valley to another mode.
+    takes the length with the highest density. A run may thereby cross a region of low density to
+    another mode.
 
     Parameters
     ----------
     target : callable
         Points (points, dim) to log densities (points,) and scores (points, dim).
     points, log_p, score : ndarray
-        (runs, dim), (runs,) and (runs, dim), where the runs start.
+        (runs, dim), (runs,) and (runs, dim), at the points where the runs start.
     nearest_peak : bool
-        Take the length before the first decrease of the density instead, so that a run stays on its
-        hill.
+        Take the length before the first decrease of the density instead, so that a run stays at its
+        mode.
 
     Attributes
     ----------
     x, log_p, score : ndarray
-        (runs, dim), (runs,) and (runs, dim), where the runs are now.
+        (runs, dim), (runs,) and (runs, dim), at the current points of the runs.
     active : ndarray
-        (runs,), whether each run goes on.
+        (runs,), whether each run is still active.
 
     Examples
     --------
@@ -150,9 +151,9 @@ class ParallelLBFGS:
         Parameters
         ----------
         n_iterations : int
-            Iterations at most.
+            Largest number of iterations.
         give_up : callable, optional
-            Points (runs, dim) to whether each run ends there.
+            Function of the current points (runs, dim) that returns whether each run ends.
         """
         for _ in range(n_iterations):
             if not self.active.any():
@@ -219,12 +220,12 @@ class ParallelLBFGS:
         return bool(np.abs(self.x[k]).max() > DIVERGED)
 
     def highest(self, n: int) -> list[int]:
-        """Runs with the highest log densities, the highest first."""
+        """Return the ``n`` runs with the highest log densities, the highest first."""
         return [int(k) for k in np.argsort(-self.log_p)[:n]]
 
     @property
     def best_did_not_converge(self) -> bool:
-        """Whether the run with the highest density had not ended, or diverged."""
+        """Whether the run with the highest density is still active or has diverged."""
         (k,) = self.highest(1)
         return bool(self.active[k]) or self._diverged(k)
 
@@ -233,7 +234,7 @@ class ParallelLBFGS:
         return len(self._history[k]) - 1
 
     def checkpoints(self, k: int) -> list[int]:
-        """Iterations of a run at which Gaussians are compared: a few on the way, and the last."""
+        """Iterations of a run at which Gaussians are compared: some on its path, and the last."""
         n = len(self._history[k])
         return sorted({0, n // 8, n // 4, n // 2, (3 * n) // 4, n - 1})
 
@@ -242,7 +243,7 @@ class ParallelLBFGS:
     ) -> Gaussian:
         """Gaussian at an iteration of a run, with the inverse Hessian that L-BFGS had there.
 
-        Its covariance is full up to ``full_max_dim`` dimensions and diagonal beyond.
+        Its covariance is full up to ``full_max_dim`` dimensions, and diagonal above.
         """
         x, pairs = self._history[k][iteration]
         if x.size > full_max_dim:
@@ -285,10 +286,11 @@ def _inverse_hessian_diagonal(pairs: Sequence[CurvaturePair], dim: int) -> np.nd
 def damped_newton(
     target: LogDensityAndScore, gaussian: Gaussian, n_steps: int = NEWTON_STEPS
 ) -> Gaussian:
-    """Move a Gaussian to the mode by damped Newton steps, with the inverse Hessian there.
+    """Move a Gaussian to the mode by damped Newton steps.
 
-    The Hessian is estimated by central differences of the score, in units of the present Gaussian,
-    whose factor follows the Hessian: a badly scaled posterior is well scaled after a step or two.
+    The covariance of the result is the inverse Hessian there. The Hessian is estimated by central
+    differences of the score, in units of the current Gaussian. Each step updates the Gaussian's
+    factor from the Hessian, so a badly scaled posterior is well scaled after a step or two.
 
     Examples
     --------
@@ -307,7 +309,7 @@ def damped_newton(
             return gaussian
         precision = -(score[:dim] - score[dim:-1]) / (2 * DIFFERENCE_SIZE)
         values, vectors = np.linalg.eigh((precision + precision.T) / 2)
-        # directions that curve upwards count as if they curved downwards
+        # negative curvatures are replaced by their absolute values
         values = np.maximum(np.abs(values), MIN_CURVATURE)
         newton = vectors @ ((vectors.T @ score[-1]) / values)
         tried, _ = target(here.draws(NEWTON_LENGTHS[:, None] * newton))

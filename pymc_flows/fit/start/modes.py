@@ -1,4 +1,4 @@
-"""Several modes: which ends of L-BFGS runs are modes, and Gaussians at and around them."""
+"""Several modes: their selection from the ends of L-BFGS runs, and Gaussians at them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pymc_flows.fit.start.gaussian import Gaussian, LogDensityAndScore, estimate
 from pymc_flows.fit.start.mode_finding import ParallelLBFGS, damped_newton, starting_points
 from pymc_flows.fit.start.settings import DEFAULT_SETTINGS
 
-# further rounds of L-BFGS runs, if the first ended in several modes; chosen by trial
+# further rounds of L-BFGS runs, if the first round ended in several modes; chosen by trial
 MORE_ROUNDS = 4
-# draws of the prior among which starting points are sought; chosen by trial
+# draws of the prior from which starting points are selected; chosen by trial
 PRIOR_DRAWS = 64
-# L-BFGS runs from the prior's draws with the highest densities; chosen by trial
+# number of L-BFGS runs from those draws, the ones with the highest densities; chosen by trial
 PRIOR_RUNS = 4
-# nats below the highest end of a run within which another end is a mode
+# an end of a run is a mode if its log density is at most this far below the highest, in nats
 MODE_LOG_DENSITY_RANGE = 5.0
-# standard deviations a dimension, of a Gaussian, by which modes are apart
+# smallest distance between modes, in standard deviations of a Gaussian per dimension
 MODE_DISTANCE = 3.0
 
 
@@ -38,9 +38,9 @@ def find_modes(
     target : callable
         Points (points, dim) to log densities (points,) and scores (points, dim).
     initial : ndarray
-        (dim,), around which further runs start.
+        (dim,), the point around which further runs start.
     rng : Generator
-        Draws the points where they start.
+        Source of their starting points.
     search : ParallelLBFGS
         The runs so far.
     gaussian : Gaussian
@@ -75,7 +75,7 @@ def _ends_from_prior(
     Returns
     -------
     points, log_p : ndarray
-        (runs, dim) and (runs,), where runs ended that stayed outside the Gaussian.
+        (runs, dim) and (runs,), the ends of those runs that stayed outside the Gaussian.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         log_p, score = target(prior)
@@ -85,14 +85,14 @@ def _ends_from_prior(
     search = ParallelLBFGS(
         target, prior[highest], log_p[highest], score[highest], nearest_peak=True
     )
-    # a run that enters the Gaussian is on its way to the known mode
+    # a run that enters the Gaussian would end at the known mode
     search.run(give_up=gaussian.contains)
     ended = ~search.active & ~gaussian.contains(search.x)
     return search.x[ended], search.log_p[ended]
 
 
 def _distinct(points: np.ndarray, log_p: np.ndarray, gaussian: Gaussian) -> np.ndarray:
-    """Points (modes, dim) with nearly the highest density that are apart in units of a Gaussian."""
+    """Select points (modes, dim) with nearly the highest density that are far from each other."""
     order = np.argsort(-log_p)
     found = [points[order[0]]]
     for k in order[1:]:
@@ -129,7 +129,7 @@ def gaussian_at_mode(
     noise : ndarray
         (draws, dim), standard normal, for the ELBO.
     full_max_dim : int
-        Dimensions up to which the mode's own curvature is taken.
+        Largest number of dimensions in which the mode's own curvature is computed.
     """
     there = replace(like, loc=mode)
     tried = [there, damped_newton(target, there)] if mode.size <= full_max_dim else [there]

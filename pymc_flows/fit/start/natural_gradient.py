@@ -15,46 +15,46 @@ from pymc_flows.fit.start.gaussian import (
 )
 from pymc_flows.fit.start.settings import DEFAULT_SETTINGS, StartSettings
 
-# The values below without another source were chosen by trial.
+# Values below without another source were chosen by trial.
 
-# draws of a step a dimension; enough for the regression that estimates a full Hessian
+# draws per step and dimension; they suffice for the regression that estimates a full Hessian
 DRAWS_PER_DIM = 3
-# fewest draws of a step
+# fewest draws per step
 MIN_DRAWS = 64
-# most draws of a step: three a dimension at the largest number of dimensions with a full covariance
+# most draws per step: three per dimension, in the most dimensions with a full covariance
 MAX_DRAWS = DRAWS_PER_DIM * DEFAULT_SETTINGS.full_max_dim
-# draws of a batch, so that the compiled density sees few different shapes
+# numbers of draws are multiples of this, so that the density is compiled for few shapes
 BATCH_DRAWS = 64
-# steps at most, if the covariance is full
+# largest number of steps with a full covariance
 MAX_STEPS = 100
-# steps at most of a diagonal to which a low rank is added later
+# largest number of steps with a diagonal covariance, to which a low rank is added later
 DIAGONAL_STEPS = 10
 
 # share of valid draws below which a Gaussian is too wide for a step
 MIN_VALID_TO_STEP = 0.5
-# share of valid draws below which the ELBO counts as -inf: without the worst draws it is no bound
+# share of valid draws below which the ELBO counts as -inf: it leaves out the invalid draws
 MIN_VALID_TO_JUDGE = 0.995
-# steps in a row without improvement during which a Gaussian may be found too wide and narrowed
+# steps in a row without improvement after which too wide a Gaussian is no longer narrowed
 MAX_NARROWINGS = 4
 # standard errors by which the ELBO must exceed the best one to count as an improvement
 IMPROVEMENT_ERRORS = 0.1
-# nats, at least, by which the ELBO must fall for a step to be undone
+# smallest fall of the ELBO for which a step is undone, in nats
 MIN_LOSS = 1.0
-# standard errors by which it must fall
+# smallest fall of the ELBO for which a step is undone, in standard errors
 LOSS_ERRORS = 3.0
 # steps in a row without improvement after which more draws are taken
 PATIENCE = 2
 # steps in a row without improvement, with more draws, after which the ascent ends
 FINAL_PATIENCE = 3
-# factor on the number of draws, in few dimensions
+# factor by which the number of draws is then increased, in few dimensions
 MORE_DRAWS = 4
 # damping of steps with more draws
 FINAL_DAMPING = 0.5
-# bounds on the curvatures of a step, in units of the present Gaussian
+# lower and upper bound on the curvatures of a step, in units of the current Gaussian
 CURVATURE_BOUNDS = (0.1, 10.0)
 # longest step of the mean, in standard deviations times the square root of the number of dimensions
 MAX_STEP = 2.0
-# draws a dimension below which the Hessian is taken as diagonal
+# draws per dimension below which the Hessian is taken as diagonal
 MIN_DRAWS_PER_DIM = 2
 
 
@@ -67,9 +67,9 @@ def natural_gradient_ascent(
 ) -> Gaussian:
     """Maximise a Gaussian's ELBO by damped natural-gradient steps.
 
-    In units of the present Gaussian, the scores of its draws are regressed on their noise.
-    Intercept and slope are the mean gradient and, by Stein's lemma, the mean Hessian; they have no
-    noise where the posterior is Gaussian. A damped Newton step on them is a natural-gradient step
+    In units of the current Gaussian, the scores of its draws are regressed on their noise. The
+    intercept estimates the mean gradient, and the slope, by Stein's lemma, the mean Hessian. Both
+    are exact if the posterior is Gaussian. A damped Newton step on them is a natural-gradient step
     on the ELBO (Khan & Rue 2023, arXiv:2107.04562, eq. 12).
 
     Parameters
@@ -77,18 +77,18 @@ def natural_gradient_ascent(
     target : callable
         Points (points, dim) to log densities (points,) and scores (points, dim).
     gaussian : Gaussian
-        Where the ascent starts.
+        The Gaussian from which the ascent starts.
     rng : Generator
-        Draws the noise.
+        Source of the noise.
     n_steps : int, optional
-        Steps at most; by default fewer if the covariance is diagonal.
+        Largest number of steps; by default 100 with a full covariance, and 10 with a diagonal one.
     settings : StartSettings
         Limits that depend on the number of dimensions.
 
     Returns
     -------
     Gaussian
-        The one with the best ELBO on the way.
+        The Gaussian with the highest ELBO along the path.
 
     Examples
     --------
@@ -128,7 +128,7 @@ def natural_gradient_ascent(
             if n_failures >= FINAL_PATIENCE and has_more_draws:
                 break
             if n_failures >= PATIENCE and not has_more_draws:
-                # the noise of the draws hides what is left to gain
+                # the noise of the draws exceeds the remaining gain
                 n_draws *= MORE_DRAWS if dim <= settings.small_max_dim else 1
                 has_more_draws, n_failures, damping = True, 0, FINAL_DAMPING
                 best = replace(best, elbo=-np.inf)

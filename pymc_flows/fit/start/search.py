@@ -1,7 +1,7 @@
 """The search for a start: a Gaussian near the posterior, around which a flow is trained.
 
-Every stage asks only for the log density and its gradient at batches of points, so that one
-compiled function serves the whole search.
+Every stage uses only the log density and its gradient at batches of points, so that one compiled
+function serves the whole search.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pymc_flows.fit.start.settings import DEFAULT_SETTINGS, StartSettings
 
 # draws on which the candidates along L-BFGS paths are compared; chosen by trial
 CANDIDATE_DRAWS = 32
-# L-BFGS runs, the highest, along whose paths there are several candidates; chosen by trial
+# number of L-BFGS runs, those that end highest, with several candidates each; chosen by trial
 N_PATHS = 2
-# standard errors subtracted from ELBOs if the user gave draws
+# standard errors that are subtracted from ELBOs if the user gave draws
 DRAWS_ELBO_ERRORS = 3.0
 # standard deviations of the Gaussians at the initial point from which natural-gradient ascent
 # starts if L-BFGS diverges; in more dimensions only the last one
 FALLBACK_SCALES = (0.3, 0.1)
-# draws by which a Gaussian is tested before that fallback
+# draws on which a Gaussian is tested before that fallback
 FALLBACK_DRAWS = 512
 # draws on which Gaussians at modes are compared; chosen by trial
 MODE_DRAWS = 64
-# nats below the best ELBO; a mode whose Gaussian is lower has negligible mass
+# a mode has negligible mass if its Gaussian's ELBO is this far below the best one, in nats
 NEGLIGIBLE_MASS = 10.0
-# draws on which a Gaussian around several modes is compared with one at the best of them
+# draws on which a Gaussian around all modes is compared with the Gaussian at the best mode
 BROAD_DRAWS = 256
-# nats by which a Gaussian around several modes may be lower than one at the best of them
+# largest ELBO, in nats, that a Gaussian around all modes may lose to the one at the best mode
 MAX_BROAD_LOSS = 30.0
 
 
@@ -53,11 +53,11 @@ class Start:
     Attributes
     ----------
     gaussian : Gaussian
-        The best one.
+        The Gaussian with the highest ELBO.
     modes : ndarray
-        (modes, dim), where runs of L-BFGS ended, apart from each other.
+        (modes, dim), the distinct points where L-BFGS runs ended.
     local : list of Gaussian
-        One at each mode, if there are several.
+        A Gaussian at each mode, if there are several.
     """
 
     gaussian: Gaussian
@@ -75,13 +75,14 @@ def find_start(
 ) -> Start:
     """Find a Gaussian near a posterior.
 
-    1. L-BFGS runs from several points look for modes.
+    1. L-BFGS runs from several points find modes.
     2. Gaussians at points along the runs, each with the curvature there, are compared by their ELBO
-       (Zhang et al. 2022, arXiv:2108.03782), because a mode is not always where the mass is; damped
-       Newton steps take the best to the mode.
-    3. Natural-gradient ascent moves the best to where the mean gradient and mean curvature over
-       its own draws are a Gaussian's, where its ELBO is stationary (Opper & Archambeau 2009).
-    4. In many dimensions a low rank is added to its diagonal.
+       (Zhang et al. 2022, arXiv:2108.03782), because a mode is not always where the mass is. Damped
+       Newton steps move the best one to the mode.
+    3. Natural-gradient ascent maximises the ELBO of the best one. At the maximum, the mean gradient
+       over its draws is zero, and minus the mean Hessian is its inverse covariance (Opper &
+       Archambeau 2009).
+    4. In many dimensions a low rank is added to its diagonal covariance.
     5. If runs ended in several modes, the Gaussian is widened to cover them.
 
     Parameters
@@ -89,14 +90,14 @@ def find_start(
     target : callable
         Unconstrained points (points, dim) to log densities (points,) and scores (points, dim).
     initial : ndarray
-        (dim,), where the search begins.
+        (dim,), the point where the search begins.
     rng : Generator
-        Draws further starting points, and noise.
+        Source of further starting points and of noise.
     draws : ndarray, optional
-        (draws, dim), thought to be near the posterior: the Gaussian with their mean and covariance
-        replaces steps 1, 2 and 5.
+        (draws, dim), assumed to be near the posterior. The Gaussian with their mean and covariance
+        then replaces steps 1, 2 and 5.
     prior : ndarray, optional
-        (draws, dim), draws of the prior: further runs start at those with high density outside the
+        (draws, dim), draws of the prior. Further runs start at those with high density outside the
         Gaussian.
     settings : StartSettings
         Limits that depend on the number of dimensions.
@@ -142,7 +143,7 @@ def _start_from_draws(
     rng: np.random.Generator,
     settings: StartSettings,
 ) -> Gaussian:
-    """Gaussian with the draws' moments, or the one to which natural-gradient ascent takes it."""
+    """Gaussian with the draws' moments, or the result of natural-gradient ascent from it."""
     given = gaussian_from_draws(draws, settings.full_max_dim)
     ascended = natural_gradient_ascent(target, given, rng, settings=settings)
     # several standard errors are subtracted, so that the given Gaussian does not win by luck
@@ -158,7 +159,7 @@ def _candidates(
 ) -> list[Gaussian]:
     """Gaussians along the L-BFGS runs and at their modes, the highest ELBO first."""
     n_runs, dim = search.x.shape
-    # every end, and points along two paths: the highest end may be a spike without mass
+    # all ends, and points along two paths, because the highest end may be a spike without mass
     places = {(k, search.last(k)) for k in range(n_runs)}
     places |= {(k, i) for k in search.highest(N_PATHS) for i in search.checkpoints(k)}
     noise = balanced_noise(rng, CANDIDATE_DRAWS, dim)
@@ -183,14 +184,14 @@ def _ascend(
     candidates: list[Gaussian],
     settings: StartSettings,
 ) -> Gaussian:
-    """Best Gaussian to which natural-gradient ascent takes the first candidates."""
+    """Best Gaussian that natural-gradient ascent reaches from the first candidates."""
     is_small = initial.size <= settings.small_max_dim
     first = candidates[: 2 if is_small else 1]
     ascended = [natural_gradient_ascent(target, g, rng, settings=settings) for g in first]
     best = max(ascended, key=lambda g: g.elbo)
     if search.best_did_not_converge and not gaussian_fits(target, best, rng, FALLBACK_DRAWS):
-        # A density without a maximum, such as one whose scale goes to zero with all that it scales,
-        # leads L-BFGS into a spike without mass. The mean gradient over draws does not see spikes.
+        # A density without a maximum, such as that of effects whose scale goes to zero, leads
+        # L-BFGS into a spike without mass. A spike does not affect the mean gradient over draws.
         for scale in FALLBACK_SCALES if is_small else FALLBACK_SCALES[-1:]:
             at_initial = Gaussian(initial, np.full(initial.size, scale))
             ascended.append(natural_gradient_ascent(target, at_initial, rng, settings=settings))
@@ -204,7 +205,7 @@ def _modes_with_mass(
     rng: np.random.Generator,
     settings: StartSettings,
 ) -> tuple[np.ndarray, list[Gaussian]]:
-    """Modes (modes, dim) around which there is mass, and a Gaussian at each; a spike has none."""
+    """Modes (modes, dim) with mass around them, unlike spikes, and a Gaussian at each."""
     noise = balanced_noise(rng, MODE_DRAWS, gaussian.loc.size)
     local = [
         gaussian_at_mode(target, mode, gaussian, noise, settings.full_max_dim) for mode in modes
@@ -219,8 +220,8 @@ def _widened(
 ) -> Gaussian:
     """Gaussian around all modes, so that the flow does not miss one.
 
-    The given one is returned if the density between the modes is so low that a flow that starts
-    there would not find them.
+    The given Gaussian is returned if the density between the modes is so low that a flow which
+    starts there would not find them.
     """
     noise = balanced_noise(rng, BROAD_DRAWS, gaussian.loc.size)
     broad = estimate_elbo(target, gaussian_around_modes(modes, gaussian), noise)

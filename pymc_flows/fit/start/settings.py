@@ -15,12 +15,13 @@ class StartSettings:
     Attributes
     ----------
     full_max_dim : int
-        Dimensions up to which covariances are full; beyond, a low rank is added to a diagonal.
+        Largest number of dimensions with full covariances; above, a low rank is added to a
+        diagonal.
     thorough_max_dim : int
-        Dimensions up to which the slower operations on full covariances are used.
+        Largest number of dimensions in which slower operations on full covariances are used.
     small_max_dim : int
-        Dimensions up to which more candidates and more draws are used at each stage, and up to
-        which a fit also searches for modes from draws of the prior.
+        Largest number of dimensions in which each stage uses more candidates and more draws, and a
+        fit also searches for modes from draws of the prior.
     max_rank : int
         Largest rank that is added to a diagonal.
     low_rank_rounds : int
