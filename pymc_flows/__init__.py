@@ -1,4 +1,4 @@
-"""Normalizing-flow approximate posteriors for PyMC; importing registers them with ``pm.fit``."""
+"""Normalizing flows as approximate posteriors for PyMC, registered with ``pm.fit`` on import."""
 
 from pymc_flows import bijections
 from pymc_flows.assess.calibration import Calibration, calibrate

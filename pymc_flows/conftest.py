@@ -1,4 +1,4 @@
-"""Settings of the doctests: no C compiler, and an empty folder for each. Not in the wheel."""
+"""Settings of the doctests: no C compiler, an empty folder for each. Not part of the wheel."""
 
 import os
 import sys

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-# frames of files below this folder are skipped when Python looks for the line to blame
+# folder of this package; warnings skip its frames, to point at the user's line
 PACKAGE = str(Path(__file__).parent)
 
 
@@ -38,7 +38,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     name : str
         Name that is not known.
     known : iterable of str
-        Names that would have been valid.
+        Names that are valid.
 
     Returns
     -------

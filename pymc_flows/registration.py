@@ -56,14 +56,14 @@ def fit(
         ready bijection, or an NFVI instance. Names and formulas may have the prefix ``"nfvi="``.
         ``"mnf"`` fits the matrices among the variables, and mean field fits the rest.
     model : Model, optional
-        The model of the context by default.
+        The model to fit, by default the model of the context.
     random_seed : int, optional
         The same seed gives the same fit.
     start : dict, DataTree or Approximation, optional
         Where the fit starts: values by variable on the constrained space, draws of all variables,
         or an earlier approximation.
     start_sigma
-        An option of ADVI only. A flow raises NotImplementedError, as other methods of PyMC do.
+        An option of ADVI only. A flow raises NotImplementedError, like PyMC's other methods.
     inf_kwargs : dict, optional
         The family's options, such as ``{"n_layers": 4}``.
     **kwargs
@@ -79,8 +79,8 @@ def fit(
     UnknownFlowError
         If the method or an option of the family does not exist.
     TypeError
-        If ``method`` is an NFVI instance and an argument must be given to NFVI instead, or the
-        model is another one.
+        If ``method`` is an NFVI instance, and its model differs from ``model`` or an argument must
+        be given to NFVI instead.
     NotImplementedError
         If ``start_sigma`` is given.
 
@@ -96,8 +96,8 @@ def fit(
     """
     if start_sigma is not None:
         raise NotImplementedError(
-            f"start_sigma must be left to method 'advi', got it with {method!r}: a flow takes its "
-            "initial scales from the initialization, or from draws given as start"
+            f"start_sigma must be left to method 'advi', got it with {method!r}: a flow gets its "
+            "initial scales from the search for a start, or from draws given as start"
         )
     if not isinstance(method, NFVI):
         method = NFVI(method, model=model, random_seed=random_seed, start=start, **inf_kwargs or {})
@@ -113,7 +113,7 @@ def fit(
 
 @functools.wraps(_pymc_fit)
 def _fit(*args: Any, **kwargs: Any) -> Approximation:
-    """``pm.fit`` while the flows are registered: other methods go on to PyMC unchanged."""
+    """Replace ``pm.fit`` while flows are registered; pass other methods to PyMC unchanged."""
     method = inspect.signature(_pymc_fit).bind(*args, **kwargs).arguments.get("method", "advi")
     if isinstance(method, NFVI) or is_flow(method) or is_matrix_family(method):
         return fit(*args, **kwargs)
@@ -128,7 +128,7 @@ def _fit(*args: Any, **kwargs: Any) -> Approximation:
 
 
 def _group_for_short_name(cls: type[Group], name: str) -> type[Group]:
-    """Look up a group by ``vfam``; formulas of flows are names too."""
+    """Look up a group by ``vfam``, which may also be a formula of flows."""
     if is_flow(name):
         return FlowGroup
     try:
@@ -142,7 +142,7 @@ def _group_for_short_name(cls: type[Group], name: str) -> type[Group]:
 
 
 def _names() -> dict[str, type[Group]]:
-    """PyMC's registry of groups by name.
+    """Return PyMC's registry of groups by name.
 
     PyMC registers groups but has no method to remove or list them, so this reads its private
     registry by the name-mangled attribute.
@@ -151,7 +151,7 @@ def _names() -> dict[str, type[Group]]:
 
 
 def _param_specs() -> dict[frozenset, type[Group]]:
-    """PyMC's registry of groups by the names of their parameters, private as well."""
+    """Return PyMC's registry of groups by the names of their parameters, also private."""
     return Group._Group__param_registry
 
 
@@ -179,7 +179,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Leave PyMC as it was before ``import pymc_flows``.
+    """Restore PyMC to its state before ``import pymc_flows``.
 
     :func:`pymc_flows.fit` works without registration, and :func:`register` registers the names
     again.

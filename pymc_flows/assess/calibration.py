@@ -318,7 +318,7 @@ def _rank(work: _Simulations, i: int, seed: int) -> dict[str, Any]:
             drawn = approx.sample(work.draws, random_seed=seed)
     except (FloatingPointError, ValueError) as error:
         return {"i": i, "failed": f"{type(error).__name__}: {error}"}
-    # Scalars needs more than one draw; all are the true value
+    # Scalars needs several draws, so the true value is repeated
     true = work.simulated["prior"].to_dataset()[work.names].isel(draw=[i] * MIN_DRAWS)
     results = {"fit": drawn, "true": DataTree.from_dict({"posterior": true})}
     scalars = Scalars.of(results, var_names=work.names)

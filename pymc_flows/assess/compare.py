@@ -177,7 +177,7 @@ def grade(table: pd.DataFrame) -> pd.DataFrame:
             "sd_ratio_min": _by_method(sd_ratio).min(),
             "sd_ratio_max": _by_method(sd_ratio).max(),
             "w1": _by_method(table["w1"]).max(),
-            # NaN belongs to constants that agree; a method of such constants only names the first
+            # NaN entries are constants that agree; if all are NaN, the first parameter is named
             "worst": _by_method(table["w1"].fillna(-1.0)).idxmax().str[1],
             "floor_mean": _by_method(table["floor_mean"]).max(),
             "floor_w1": _by_method(table["floor_w1"]).max(),
@@ -297,7 +297,7 @@ def _tolerance(scalars: Scalars, name: str) -> np.ndarray:
 
 
 def _largest_first(column: pd.Series) -> np.ndarray:
-    """Positions that sort a column: largest first, NaN last, ties in their present order."""
+    """Positions that sort a column: largest first, NaN last, ties in their current order."""
     return np.argsort(-column.fillna(-1.0).to_numpy(), kind="stable")
 
 

@@ -28,7 +28,7 @@ from pymc_flows.statistics.importance import khat, khat_threshold, smooth
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(Measurements):
-    """The result of :func:`diagnose`: a verdict on a fit, and the numbers that it rests on.
+    """The result of :func:`diagnose`: a verdict on a fit, and the numbers behind it.
 
     It prints as a report, also in notebooks. Errors and other estimates are for the constrained
     space; ``sd`` means the standard deviation of the draws.

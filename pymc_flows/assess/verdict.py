@@ -24,7 +24,7 @@ UNRELIABLE = "unreliable"
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """The numbers of a fit that its verdict depends on.
+    """The numbers of a fit on which its verdict depends.
 
     Attributes are described in :class:`pymc_flows.Diagnosis`, which has them too.
     """
@@ -122,7 +122,7 @@ def disagreeing_restarts(found: Measurements) -> Finding | None:
 
 
 def draws_without_density(found: Measurements) -> Finding | None:
-    """The model has no finite density at a larger share of the draws than is tolerated."""
+    """The model has no finite density at too many of the draws."""
     if found.invalid_draws > THRESHOLDS.invalid_share * found.n_draws:
         return Finding(
             f"the model has no finite density at {found.invalid_draws} of {found.n_draws} draws",

@@ -19,7 +19,7 @@ from pymc_flows.messages import warn_user
 
 
 def prefers_jax(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
-    """Return whether a function is to be compiled by JAX, if JAX can compile it.
+    """Return whether JAX is to compile a function, if it can.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def runs_on_jax(function: Any) -> bool:
 
 
 def may_interpret(backend: str | None, compile_kwargs: dict[str, Any] | None = None) -> bool:
-    """Return whether NumPy may run a function: not with JAX, and not if a mode is given.
+    """Return whether NumPy may run a function: it may not with JAX or with a given mode.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def compile_function(
     interpret = interpret and may_interpret(backend, compile_kwargs)
     if interpret:
         chosen["mode"] = _numpy_mode()
-    # inner graphs choose a mode of their own; without a C compiler they do not choose C
+    # inner graphs choose their own mode; without a C compiler they do not choose C
     flags = {"cxx": ""} if interpret else {}
 
     def attempt(extra):

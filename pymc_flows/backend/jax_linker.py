@@ -20,13 +20,13 @@ from pytensor.tensor.math import neg, softplus
 
 from pymc_flows.backend.loops import Loop, RepeatedOpsToLoops, register_jax_dispatch
 
-# elements of a graph's largest array; with fewer, XLA's threads wait for each other longer than
-# they compute
+# number of elements of a graph's largest array below which one thread is used, because XLA's
+# threads would wait for each other longer than they compute
 MIN_ARRAY_FOR_THREADS = 2**17
-# divides the size of arrays outside loops, in graphs with loops, because the loops then take most
-# of the time
+# divisor of the sizes of arrays outside loops, in graphs with loops, because loops take most of the
+# time
 OUTSIDE_LOOP_DISCOUNT = 8
-# terms of the Taylor series of atanh(s) / s in s²; those left out are below rounding for s <= 1/3
+# terms of the Taylor series of atanh(s) / s in s²; the remainder is below rounding for s <= 1/3
 ATANH_TAYLOR_TERMS = 20
 # degree in s² of the Chebyshev approximation to that series; its error is below rounding
 ATANH_DEGREE = 11
@@ -67,10 +67,10 @@ def log1p_on_unit_interval(x: Any) -> Any:
 
 
 class BranchlessSoftplus(NodeRewriter):
-    r"""Write log(1 + exp(x)) without branches, because JAX computes every branch for each element.
+    r"""Write log(1 + exp(x)) without branches, because JAX computes all branches of each element.
 
-    A Bernoulli likelihood takes the softplus of x and of -x. Both then share one logarithm, that
-    of 1 + exp(-\|x\|).
+    A Bernoulli likelihood takes the softplus of x and of -x. Both then share the logarithm of 1 +
+    exp(-\|x\|).
     """
 
     def transform(
@@ -93,9 +93,9 @@ class BranchlessSoftplus(NodeRewriter):
 class CPUOptionsJAXLinker(JAXLinker):
     """JAX's linker, with two of XLA's CPU features turned off.
 
-    The first is fusion by the YNN library, always: with jaxlib 0.12 it ended the process by a
-    segmentation fault, on a spline of 8442 points. The second is the division of operations among
-    threads, for graphs of small arrays.
+    Fusion by the YNN library is always off: with jaxlib 0.12, it caused a segmentation fault for a
+    spline of 8442 points. The division of operations among threads is off for graphs of small
+    arrays.
     """
 
     def fgraph_convert(self, fgraph: FunctionGraph, *args: Any, **kwargs: Any) -> Callable:
@@ -172,7 +172,7 @@ def largest_array(fgraph: FunctionGraph | FrozenFunctionGraph) -> float:
 
 @functools.cache
 def supported_xla_options(**options: str | bool) -> dict[str, str | bool]:
-    """Return those of the given options that the installed XLA knows."""
+    """Return the given options that the installed XLA supports."""
     import jax
 
     def is_supported(name, value):

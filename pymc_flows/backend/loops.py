@@ -15,7 +15,7 @@ from pytensor.graph.rewriting.basic import GraphRewriter
 from pytensor.graph.traversal import ancestors
 from pytensor.tensor.type import TensorType
 
-# applications of an operation; fewer are not rewritten into a loop
+# fewest applications of an operation that are rewritten into a loop
 MIN_REPEATS = 3
 # for each input of an operation, the index of the previous application's output that it takes,
 # or None for an input that the application does not take from the previous one
@@ -84,8 +84,8 @@ class RepeatedOp:
     def can_be_loop(self) -> bool:
         """Return whether a loop can replace the nodes.
 
-        There must be at least ``MIN_REPEATS`` nodes, their inputs must have equal types and static
-        shapes, and no input may depend on an output of the nodes in another way than by the carry.
+        There must be at least ``MIN_REPEATS`` nodes. Their inputs must have equal types and static
+        shapes. No input may depend on an output of the nodes, except for the carried inputs.
         """
         if len(self.nodes) < MIN_REPEATS:
             return False
@@ -108,7 +108,7 @@ def _has_static_shape(type_: Any) -> bool:
 
 
 def find_repeated_ops(fgraph: FunctionGraph) -> list[RepeatedOp]:
-    """Find operations that are applied repeatedly, each time to outputs of the previous time.
+    """Find operations that are applied repeatedly, each time to outputs of the last application.
 
     Parameters
     ----------

@@ -23,8 +23,8 @@ class _MaskedConditioner(Bijection):
     """A transformer whose parameters a masked network computes (MADE, Germain et al. 2015).
 
     arXiv:1502.03509, eq. 12-13: every unit has a degree. A hidden unit is connected to inputs of at
-    most its degree, an output to hidden units of a lower degree. Hidden degrees are spread evenly
-    over 1 to dim - 1, so that the masks are autoregressive at any width.
+    most its degree, and an output to hidden units of a lower degree. Hidden degrees are spread
+    evenly over 1 to dim - 1, so that the masks are autoregressive at any width.
     """
 
     transformer: Transformer = field(default_factory=Affine)
@@ -40,8 +40,7 @@ class _MaskedConditioner(Bijection):
     def _masks(self) -> list[np.ndarray]:
         """Mask of each dense layer's weights, (n_in, n_out): True if the weight is used."""
         elements = np.arange(1, self.dim + 1)
-        # The context has degree 0. So have some hidden units, which connect it to the first
-        # element.
+        # The context has degree 0, as do some hidden units, which connect it to the first element.
         least = 0 if self.context_dim else 1
         degrees = [np.concatenate([elements, np.zeros(self.context_dim, dtype=int)])]
         degrees += [least + np.arange(width) * (self.dim - least) // width for width in self.hidden]
@@ -200,7 +199,7 @@ class InverseAutoregressive(_MaskedConditioner):
         weights: Mapping[str, TensorVariable],
         slopes: TensorVariable,
     ) -> TensorVariable:
-        """Derivatives (draws, dim, dim) of x_j with respect to z_i through the raw parameters.
+        """Derivatives (draws, dim, dim) of x_j with respect to z_i, through the raw parameters.
 
         ``slopes`` (draws, n_params, dim) are the derivatives of x with respect to the raw
         parameters. They are multiplied with the output layer's weights first, so that no array is

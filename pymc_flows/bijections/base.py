@@ -118,8 +118,8 @@ class Bijection(abc.ABC):
     """An invertible map from base noise to the posterior.
 
     A bijection holds its settings and fixed arrays. Trainable weights are arguments of its
-    methods, so one object serves any number of fits. Papamakarios et al. 2021 (arXiv:1912.02762)
-    review such maps.
+    methods, so several fits can share an object. Papamakarios et al. 2021 (arXiv:1912.02762) review
+    such maps.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ class Bijection(abc.ABC):
 
     Examples
     --------
-    A new layer defines ``init`` and ``forward``; ``inverse`` only if it has one in closed form.
+    A new layer defines ``init`` and ``forward``, and ``inverse`` if it has a closed form.
 
     >>> from dataclasses import dataclass
     >>> import numpy as np
@@ -157,8 +157,8 @@ class Bijection(abc.ABC):
 
     dim: int
     invertible: ClassVar[bool] = True
-    # Columns of the context that the map is conditioned on; conditional layers declare it as a
-    # setting. It has no annotation here: an annotated field would come first among their settings.
+    # Columns of the context on which the map is conditioned; conditional layers declare it as a
+    # setting. It has no annotation here, because an annotated field would be their first setting.
     context_dim = 0
 
     def __post_init__(self) -> None:
@@ -189,7 +189,7 @@ class Bijection(abc.ABC):
     def carry_score(
         self, z: TensorVariable, score: TensorVariable, params: Params
     ) -> ValueLogDetScore:
-        """Map z to x, and the score, the gradient of the log density, at z to that at x.
+        """Map z to x, and the score (gradient of the log density) at z to the score at x.
 
         With J the Jacobian, the score of x is ``J⁻ᵀ (score - ∂ log|det J| / ∂z)`` (Vaitl 2024,
         arXiv:2403.15881, eq. 9). This default differentiates the inverse. Maps without a

@@ -74,9 +74,9 @@ class Base(abc.ABC):
         """Gradient (draws, dim) in z of the log density."""
 
     def log_choice(self, z: TensorVariable, params: Params) -> TensorVariable | None:
-        """Log density (draws,) as a function of the weights that draws are not differentiable in.
+        """Log density (draws,) as a function of the weights in which draws are not differentiable.
 
-        Score-function gradients are taken of it. It is None if there are no such weights.
+        Its gradients are score-function estimates. It is None if there are no such weights.
         """
         return None
 
@@ -210,8 +210,8 @@ def _relative_expm1(x: TensorVariable) -> TensorVariable:
 def _log_gamma_ratio(a: TensorVariable) -> TensorVariable:
     """``log Γ(a + 1/2) - log Γ(a)`` without the cancellation of two large numbers.
 
-    The recurrence of the gamma function shifts a to where the asymptotic series (Tricomi & Erdélyi
-    1951) is accurate.
+    The recurrence of the gamma function shifts a to larger values, for which the asymptotic series
+    (Tricomi & Erdélyi 1951) is accurate.
     """
     # Γ(a + 1/2) / Γ(a) = Γ(a + 3/2) / Γ(a + 1) · a / (a + 1/2)
     shift: Any = sum(pt.log1p(0.5 / (a + i)) for i in range(_N_SHIFTS))

@@ -27,8 +27,8 @@ DORMAND_PRINCE_STAGES = (
     (1, (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656)),
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
-# Weights of the slopes in the fifth-order solution less the fourth-order one, from the same table:
-# the estimate of a step's error.
+# Weights of the slopes in the difference between the fifth-order and the fourth-order solution,
+# from the same table. The difference estimates a step's error.
 DORMAND_PRINCE_ERROR_WEIGHTS = (
     71 / 57600,
     0,
@@ -50,8 +50,8 @@ class Continuous(Bijection):
     Chen et al. 2018 (arXiv:1806.07366) and Grathwohl et al. 2019 (FFJORD, arXiv:1810.01367). The
     log-determinant is the integral of the velocity's divergence (their eq. 2-3). The score solves a
     differential equation too. With one hidden layer the divergence is a sum over the hidden units
-    and costs no more than the velocity at any ``dim``. It is exact; with Hutchinson's estimate the
-    result would not be the density of the draws.
+    and costs no more than the velocity at any ``dim``. It is exact. Hutchinson's estimate would not
+    give the density of the draws.
 
     All three are integrated by the classical fourth-order Runge-Kutta method in ``n_steps`` equal
     steps, or, if a ``tolerance`` is given, by the fifth-order method of Dormand and Prince with
@@ -205,7 +205,7 @@ class Continuous(Bijection):
     ) -> list[TensorVariable]:
         """Solve by the method of Dormand and Prince, with separate adaptive steps for each draw.
 
-        The result is NaN for draws that ``n_steps`` steps do not bring to the end.
+        The result is NaN for draws that do not reach the end within ``n_steps`` steps.
         """
         z = start[0]
         direction = np.asarray(-1 if backwards else 1, dtype=z.dtype)
@@ -231,7 +231,7 @@ class Continuous(Bijection):
             for s, m, difference in list(zip(state, moved, errors, strict=True))[:2]:
                 scaled = abs(difference) / (1 + pt.maximum(abs(s), abs(m)))
                 error = pt.maximum(error, scaled if scaled.ndim == 1 else scaled.max(axis=1))
-            # no gradient: the step length is set by the error and not trained
+            # without a gradient, because the error sets the step length and training must not
             error = disconnected_grad(error) / np.asarray(self.tolerance, dtype=z.dtype)
             accepted = error <= 1
             next_step = step * _step_factor(error)

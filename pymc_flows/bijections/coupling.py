@@ -168,8 +168,8 @@ class Coupling(Bijection):
 
     Dinh et al. 2017 (arXiv:1605.08803), eq. 4-8. The output has the halves exchanged, the
     transformed half first, so that successive couplings alternate. The conditioner is a perceptron
-    with tanh hidden layers and a zero-initialised output. With ``dim`` 1 and no context there is
-    nothing to condition on, and the transformer's parameters are weights themselves.
+    with tanh hidden layers and a zero-initialised output. With ``dim`` 1 and no context the
+    conditioner has no inputs, and the transformer's parameters are weights themselves.
 
     Parameters
     ----------

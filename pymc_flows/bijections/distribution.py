@@ -20,11 +20,11 @@ class FlowDistribution:
     base : Base
         Distribution of z.
     bijection : Bijection
-        From z to x.
+        Map from z to x.
     weights : TensorVariable
         Flat vector, first the base's weights, then the bijection's.
     context : TensorVariable, optional
-        (draws, context_dim), what layers are conditioned on, row by row.
+        (draws, context_dim), the context on which layers are conditioned, row by row.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class FlowDistribution:
         return Params(weights, self.base.weight_shapes)
 
     def draws_and_log_q(self, noise: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-        """Draws x (draws, dim) made from noise (draws, noise_dim), and their log_q (draws,)."""
+        """Map noise (draws, noise_dim) to draws x (draws, dim) and their log_q (draws,)."""
         z, log_base = self.base.forward(noise, self.base_params)
         x, log_det = self.bijection.forward(z, self.params)
         return x, log_base - log_det
@@ -63,14 +63,14 @@ class FlowDistribution:
     def draws_and_score(
         self, noise: TensorVariable
     ) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
-        """As :meth:`draws_and_log_q`, and the score of the draws (draws, dim) under the flow."""
+        """As :meth:`draws_and_log_q`, with the score (draws, dim) of the draws under the flow."""
         z, log_base = self.base.forward(noise, self.base_params)
         score = self.base.score(z, self.base_params)
         x, log_det, score = self.bijection.carry_score(z, score, self.params)
         return x, log_base - log_det, score
 
     def map_base(self, z: TensorVariable) -> tuple[TensorVariable, TensorVariable, TensorVariable]:
-        """Map z (draws, dim) to x (draws, dim); also log q of x and the base's log density of z."""
+        """Map z (draws, dim) to x (draws, dim), log q of x, and the base's log density of z."""
         log_base = self.base.log_density(z, self.base_params)
         x, log_det = self.bijection.forward(z, self.params)
         return x, log_base - log_det, log_base

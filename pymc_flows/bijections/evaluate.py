@@ -59,7 +59,7 @@ def _map(bijection, direction, points, weights):
 
 
 def count_layers(bijection: Bijection) -> int:
-    """Count layers, those of chains one by one.
+    """Count layers; each layer of a chain counts.
 
     >>> from pymc_flows.bijections import Loc, Scale
     >>> count_layers(Chain([Loc(2), Chain([Scale(2), Loc(2)])]))

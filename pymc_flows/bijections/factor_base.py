@@ -1,4 +1,4 @@
-"""The base class of factors of covariances, and triangular factors, which any kind can become."""
+"""The base class of factors of covariances, and triangular factors, the most general kind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Factor(abc.ABC):
     @property
     @abc.abstractmethod
     def diagonal(self) -> np.ndarray:
-        """(dim,), the entries that must be positive; for a low rank, its scales."""
+        """(dim,), the entries that must be positive; for a low-rank factor, the scales."""
 
     @abc.abstractmethod
     def to_array(self) -> np.ndarray:
@@ -78,7 +78,7 @@ class Factor(abc.ABC):
 
     def solve_transposed(self, score: Any) -> Any:
         """``F⁻ᵀ s`` for every row s (rows, dim), in the data type of s."""
-        # inverted once, when a graph is built: each step of a fit is then a product
+        # F is inverted once, when a graph is built, so that each step of a fit is only a product
         return self.inverse().astype(score.dtype).times_transposed(score)
 
     def log_det(self) -> float:
@@ -142,9 +142,9 @@ class Factor(abc.ABC):
         here : slice
             The dimensions to keep.
         full_max_dim : int
-            Largest number of dimensions for which the covariance beside a low rank is written out.
+            Largest number of dimensions for which a low-rank factor's marginal becomes triangular.
         max_rank : int
-            Largest rank of the result beyond ``full_max_dim``.
+            Largest rank of the result above ``full_max_dim``.
         """
 
 

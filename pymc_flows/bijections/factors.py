@@ -106,8 +106,8 @@ class LowRankFactor(Factor):
     """A diagonal and a low rank: ``F = diag(scales) (I + left rightᵀ)``.
 
     Products, inverse (Woodbury's identity) and determinant (the determinant lemma) cost
-    O(dim rank). The three arrays are kept side by side in one, as files hold them, so that a
-    factor from a file rounds as the saved one did.
+    O(dim rank). The three arrays are stored side by side in one array, as in files, so that a
+    factor from a file gives the same rounding errors as the saved one.
 
     Parameters
     ----------
@@ -238,7 +238,7 @@ class LowRankFactor(Factor):
 
 
 def as_factor(factor: Factor | np.ndarray) -> Factor:
-    """Make a factor of an array, by its shape; a factor is returned as it is.
+    """Make a factor from an array, by its shape; a factor is returned unchanged.
 
     Parameters
     ----------
@@ -296,7 +296,7 @@ def _low_rank_covariance(
 def _low_rank_root(
     scales: np.ndarray, columns: np.ndarray, inner: np.ndarray, max_rank: int
 ) -> LowRankFactor:
-    """Root of ``S (I + C K Cᵀ) S`` from the eigenvectors of ``C K Cᵀ`` that matter most."""
+    """Root of ``S (I + C K Cᵀ) S`` from the leading eigenvectors of ``C K Cᵀ``."""
     q, r = np.linalg.qr(columns)
     values, vectors = np.linalg.eigh(r @ inner @ r.T)
     logs = np.log1p(np.maximum(values, 1e-14 - 1))

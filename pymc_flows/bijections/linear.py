@@ -101,7 +101,7 @@ class Whitening(Bijection):
     loc: np.ndarray
     factor: Any  # a Factor, once __post_init__ has run
 
-    # by identity: arrays have neither a hash nor a single truth value
+    # objects are compared by identity, because arrays have neither a hash nor a single truth value
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -312,11 +312,11 @@ class LowRank(Bijection):
     """Stretch a few directions, squeeze others: ``x = (I + V Vᵀ) (I + W Wᵀ)⁻¹ z``.
 
     V and W have ``rank`` columns each. Followed by scales, the map makes Gaussians whose covariance
-    or precision is a diagonal plus a low rank, such as those of factors that many dimensions share,
-    and of priors that data narrow in a few directions. By the determinant lemma the log-determinant
-    is ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``; these matrices have ``rank`` rows, and eigenvalues
-    of at least 1. By Woodbury's identity each factor is inverted exactly, in O(dim rank). The
-    weights are V and W, named ``stretch`` and ``squeeze`` (dim, rank).
+    or precision is a diagonal plus a low rank. Examples are factors that many dimensions share, and
+    priors that data narrow in a few directions. By the determinant lemma the log-determinant is
+    ``log|det(I + VᵀV)| - log|det(I + WᵀW)|``; these matrices have ``rank`` rows, and eigenvalues of
+    at least 1. By Woodbury's identity each factor is inverted exactly, in O(dim rank). The weights
+    are V and W, named ``stretch`` and ``squeeze`` (dim, rank).
 
     Parameters
     ----------
@@ -348,7 +348,7 @@ class LowRank(Bijection):
 
     def init(self, rng: np.random.Generator) -> Weights:
         """Start at the identity: V and W are equal, with random directions."""
-        # not zero, because their gradients would be zero too
+        # V and W are not zero, because their gradients would then be zero too
         directions = rng.normal(size=(self.dim, self.rank)) / self.dim**0.5
         return {"stretch": directions, "squeeze": directions.copy()}
 

@@ -37,8 +37,8 @@ class Multiplicative:
     Gaussian in z_b with mean ``Σ_k b1_ki avg_j(a_jk)`` and log precision ``Σ_k b2_ki avg_j(a_jk)``.
     The paper has one statistic, k = 1, and a single number carries little information about W.
 
-    More statistics do not help r to use the information that each row has about its own multiplier.
-    If r lacks it, the bound is tighter for multipliers that hardly vary, and the fitted posterior
+    Even with more statistics, r does not use the information of each row about its own multiplier.
+    Without it, the bound is tighter for multipliers that hardly vary, and the fitted posterior
     degenerates to mean field. With ``rowwise``, r therefore takes ``z_i`` standardised by its
     distribution given row i, ``(z_i - E[z_i|W_i]) / sd[z_i|W_i]``. By conjugacy this distribution
     is known for a Gaussian ``z_i``, whose mean and precision r learns. For multipliers that are
@@ -63,7 +63,8 @@ class Multiplicative:
     flow, auxiliary : Bijection
         Maps of the multipliers (draws, rows): from z0 to z, and from z to z_b.
     dropout : float or None, default 0.1
-        Initial rate of the multipliers' Gaussian dropout, between 0 and 1; or None, see above.
+        Initial rate of the multipliers' Gaussian dropout, between 0 and 1; or None for standard
+        normal multipliers.
     sigma : float, default 0.1
         Initial standard deviation of each weight given z, in units of s.
     n_statistics : int, default 1

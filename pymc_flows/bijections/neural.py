@@ -35,7 +35,7 @@ class DeepSigmoidal(Transformer):
 
     This is the deep sigmoidal flow of Huang et al. 2018 (arXiv:1804.00779, eq. 8), with slopes ``a
     > 0`` and weights ``w`` on the simplex. It is computed from the logarithms of the mixture and of
-    its complement. Neither saturates, whereas a mixture that rounds to 0 or 1 would bound x. Both
+    its complement. Neither logarithm saturates; a mixture rounded to 0 or 1 would bound x. Both
     tails are linear, with the slope of the flattest unit, at least 0.001.
 
     The parameters of an element are raw slopes, raw shifts and log weights, ``n_units`` of each.

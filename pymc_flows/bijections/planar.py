@@ -162,9 +162,9 @@ class Sylvester(Bijection):
     rank : int
         Number of hyperplanes, M in the paper: from 1 to ``dim``.
     kind : {"orthogonal", "householder", "triangular"}
-        How Q is made. ``"orthogonal"``: the orthogonal factor of a free matrix (QR decomposition);
-        the paper's iteration is only approximate, and the log-determinant holds only for
-        orthonormal columns. ``"householder"``: the first columns of a product of ``rank``
+        Construction of Q. ``"orthogonal"``: the orthogonal factor of a free matrix (QR
+        decomposition); the paper's iteration is only approximate, and the log-determinant holds
+        only for orthonormal columns. ``"householder"``: the first columns of a product of ``rank``
         reflections. ``"triangular"``: the identity, at full rank; separate layers can permute the
         dimensions.
 
@@ -218,7 +218,7 @@ class Sylvester(Bijection):
         q = params["q"]
         if self.kind == "orthogonal":
             q, triangle = qr(q, mode="economic")
-            # fixes the sign, which the decomposition leaves open
+            # set the sign, which the decomposition does not determine
             return q * pt.sign(pt.diagonal(triangle))
         # H1 H2 ... = I - V T⁻¹ Vᵀ, where T is the upper triangle of VᵀV with half its diagonal
         products = q.T @ q

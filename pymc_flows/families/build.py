@@ -1,4 +1,4 @@
-"""From a name, a formula and options to a flow and the distribution of its base noise."""
+"""Build a flow and the distribution of its base noise from a name or formula and options."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def conditioned(flow: Bijection, context_dim: int) -> Chain:
     """Make a flow depend on a context.
 
     The conditioners of its layers read the context, and a last affine map depends on it too. Layers
-    without a conditioner stay as they are.
+    without a conditioner are not changed.
 
     Parameters
     ----------

@@ -62,8 +62,8 @@ def mnf(
     hidden : int, default 50
         Width of the hidden layer of each coupling.
     dropout : float, optional
-        Rate of the Gaussian dropout that multipliers of rows start as; 0.1 by default. Multipliers
-        of weights start standard normal and have no such rate.
+        Rate of the Gaussian dropout by which multipliers of rows are initialised; 0.1 by default.
+        Multipliers of weights are initialised as standard normal and have no such rate.
     sigma : float, default 0.1
         Initial standard deviation of a weight given its multiplier, in units of
         ``(2 / (rows + columns))^½`` (Glorot & Bengio 2010). With multipliers of weights, rows and

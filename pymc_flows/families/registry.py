@@ -1,4 +1,4 @@
-"""The table of all families: names, recipes and what users should know of each."""
+"""The table of all families: names, recipes, papers, costs and uses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UnknownFlowError(KeyError, ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """A recipe and what users should know of it.
+    """A recipe with its paper, costs and uses.
 
     Parameters
     ----------

@@ -46,19 +46,19 @@ def batch_graphs(
     model : Model
         The model of the value variables.
     values : mapping of str to TensorVariable
-        Name of a value variable to its values, of shape (draws, \*shape of the variable).
+        Name of a value variable, to its values of shape (draws, \*shape of the variable).
     vectorize : bool, optional
         True evaluates all draws at once, False scans over them. The default, None, selects the
-        faster: a scan if one draw computes large matrices and the model has no minibatches, and a
-        vectorised graph otherwise. If a graph can't be vectorised, True and None scan, with a
+        faster one: a scan if one draw computes large matrices and the model has no minibatches, and
+        a vectorised graph otherwise. If a graph can't be vectorised, True and None scan, with a
         warning.
     more_values : mapping of Variable to TensorVariable, optional
-        Further variables of the graphs to their values, of shape (draws, \*shape).
+        Further variables of the graphs, to their values of shape (draws, \*shape).
 
     Returns
     -------
     list of TensorVariable
-        For each graph its values, of shape (draws, \*shape of the graph).
+        Values of each graph, of shape (draws, \*shape of the graph).
 
     Warns
     -----
@@ -102,7 +102,7 @@ def batch_graphs(
 
 
 def _prepare(graphs: Sequence[Any], check_bounds: bool) -> list[Any]:
-    """Turn failed parameter checks into -inf, and boolean masks into the indices that JAX needs.
+    """Convert failed parameter checks to -inf, and boolean masks to the indices that JAX needs.
 
     A vectorised check would raise for all draws if it failed for one.
     """
@@ -138,7 +138,7 @@ def _vectorize_joins(graphs: Any, n_draws: Any) -> Any:
 
 
 def _vectorize_scans(graphs: Any, n_draws: Any) -> Any:
-    """Replace each ``Blockwise`` of a ``Scan``, a loop over the draws' loops, by one loop.
+    """Replace each ``Blockwise`` of a ``Scan``, which is a loop over loops, by one loop.
 
     Each step of that loop computes all draws. JAX can't compile the ``Blockwise``, and other
     backends run it more slowly.

@@ -88,21 +88,21 @@ class Product:
 
 @dataclass(frozen=True)
 class LocalDraws:
-    r"""The products that are sampled instead of weights, with the variables of their samples.
+    r"""The products that are sampled instead of weights, with the variables of the samples.
 
     Attributes
     ----------
     weights : tuple of TensorVariable
         Value variables whose products are sampled.
     multipliers : list of TensorVariable
-        For each, the multipliers, (draws, rows of the data, rows of the weights). The log density
-        is a function of them, of the means and of the standard deviations.
+        For each product, the multipliers, (draws, rows of the data, rows of the weights). The log
+        density is a function of multipliers, means and standard deviations.
     means, sds : list of TensorVariable
-        For each, the means and standard deviations of the weights, (rows, columns) of the weights.
+        For each product, means and standard deviations of the weights, (rows, columns).
     base_noise : list of TensorVariable
-        For each, the standard normal noise of the multipliers, an input, of their shape.
+        Inputs: for each product, the standard normal noise of the multipliers, of their shape.
     noise : list of TensorVariable
-        For each, the standard normal noise of the product, an input, (draws, \*its shape).
+        Inputs: for each product, its standard normal noise, (draws, \*shape of the product).
     """
 
     weights: tuple[TensorVariable, ...]
@@ -128,9 +128,9 @@ class LocalDraws:
         Returns
         -------
         TensorVariable
-            The likelihood, a function of multipliers and noise of one draw.
+            The likelihood as a function of the multipliers and the noise of one draw.
         dict of Variable to TensorVariable
-            These multipliers and this noise, to those of a batch of draws.
+            Multipliers and noise of one draw, to those of a batch of draws.
         """
         fgraph = _merged(likelihood)
         batched: dict[Variable, TensorVariable] = {}
@@ -153,9 +153,9 @@ def local_draws(
 ) -> tuple[LocalDraws, dict[str, str]]:
     """Find the weight matrices that enter the likelihood only by a product with rows of data.
 
-    The sample of a row may enter that row's terms only, so every operation from the product to the
-    sum over terms is checked. If one of them may mix rows, the matrix is refused, and the weights
-    themselves must be sampled.
+    The sample of a row may only enter the terms of that row, so every operation from the product to
+    the sum over terms is checked. If one of them may mix rows, the matrix is refused, and the
+    weights themselves must be sampled.
 
     Parameters
     ----------
@@ -166,12 +166,12 @@ def local_draws(
     n_draws : int
         Monte Carlo draws, the length of the first axis of multipliers and noise.
     zeros : mapping of Variable to ndarray
-        Any values of all value variables; shapes that are not static are computed from them.
+        Arbitrary values of all value variables, from which shapes that are not static are computed.
 
     Returns
     -------
     LocalDraws
-        The matrices that are found.
+        The matrices that qualify.
     dict of str to str
         Name of each refused matrix, to the reason.
 
@@ -198,7 +198,7 @@ def local_draws(
             for other in kept:
                 if product.value is other.value:
                     raise MixesRowsError(
-                        f"its product is sampled as the product of {other.weights.name!r} already"
+                        f"its product is already sampled as the product of {other.weights.name!r}"
                     )
             check_rows(fgraph, {one.value: one.axis for one in [*kept, product]})
         except MixesRowsError as error:
@@ -245,7 +245,7 @@ def _product(weights: Any, fgraph: FunctionGraph) -> Product:
     if len(nodes) != 1 or not _is_product(nodes[0]):
         names = sorted({str(getattr(node.op, "core_op", node.op)) for node in nodes})
         raise MixesRowsError(
-            "it must enter the likelihood by one product of two matrices only, and it is in "
+            "it must enter the likelihood by one product of two matrices only, but it enters "
             f"{len(nodes)} operations ({', '.join(names)})"
         )
     (node,) = nodes

@@ -1,4 +1,4 @@
-"""Models with minibatches: how to recognise them, their scale, and the model on all data."""
+"""Models with minibatches: recognise them, find their scale, and build the model on all data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytensor.tensor.variable import TensorVariable
 
 
 def has_minibatch(model: Model) -> bool:
-    """Return whether any term of the log density is that of a minibatch, scaled up or not.
+    """Return whether any term of the log density is that of a minibatch, whether scaled or not.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def whole_model(model: Model) -> Model:
     Parameters
     ----------
     model : Model
-        It is not changed.
+        The model, which is not changed.
 
     Returns
     -------
@@ -98,8 +98,8 @@ def whole_model(model: Model) -> Model:
     Raises
     ------
     NotImplementedInference
-        If a distribution keeps the size of the minibatches in an inner graph, as a mixture does, or
-        if the model's code contains their size, in a reshape for example.
+        If a distribution, such as a mixture, keeps the size of the minibatches in an inner graph,
+        or if the model's code contains their size, for example in a reshape.
 
     Examples
     --------
@@ -126,7 +126,7 @@ def whole_model(model: Model) -> Model:
             outputs = _with_inputs(node, inputs)
         replaced.update(zip(node.outputs, outputs, strict=True))
     whole = FunctionGraph(outputs=[replaced.get(o, o) for o in fgraph.outputs], clone=False)
-    # PyMC keeps coordinates and dimensions on the graph, and reads them there
+    # PyMC stores coordinates and dimensions in the graph, and reads them there
     whole._coords, whole._dim_lengths = fgraph._coords, fgraph._dim_lengths  # type: ignore[attr-defined]
     made = model_from_fgraph(whole, mutate_fgraph=True)
     made.check_bounds = model.check_bounds
@@ -136,7 +136,7 @@ def whole_model(model: Model) -> Model:
 def _with_inputs(node: Apply, inputs: list[Variable]) -> list[Variable]:
     """Apply a node's operation to inputs of other shapes, and return the outputs."""
     if isinstance(node.op, SymbolicOp):
-        # a clone would keep the inner graph, which has the old shapes; a call builds a new one
+        # a clone would keep the inner graph with the old shapes; a call builds a new inner graph
         return node.op(*inputs, return_list=True)
     if isinstance(node.op, MinibatchRandomVariable):
         sizes_and_data: Any = inputs[1:], pt.shape(inputs[0])

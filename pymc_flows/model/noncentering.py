@@ -25,9 +25,9 @@ LOCATION_SCALE = {
     "GumbelRV": (0, 1),
     "SkewNormalRV": (0, 1),
 }
-# the same for the location and scale of the variable's logarithm
+# class of a positive random variable to the indices of location and scale of its logarithm
 LOG_LOCATION_SCALE = {"LogNormalRV": (0, 1)}
-# class of a positive random variable, a scale times a standard form, to the index of its scale
+# class of a positive random variable, a scale times a standard variable, to the index of the scale
 SCALE = {
     "HalfNormalRV": 1,
     "HalfCauchyRV": 0,
@@ -37,8 +37,8 @@ SCALE = {
     "InvGammaRV": 1,
     "WeibullBetaRV": 1,
 }
-# smallest scale of a prior, in rounding errors of x: below it, floats can't hold the difference
-# between x and its location
+# smallest scale of a prior, in rounding errors of x; with a smaller scale, floats can't represent
+# the difference between x and its location
 MIN_SCALE_IN_ROUNDING_ERRORS = 2
 
 
@@ -51,12 +51,12 @@ class Prior:
     name : str
         Name of its value variable.
     where : slice
-        Its position in the flat vector.
+        Position of the variable in the flat vector.
     shape : tuple of int
         Shape of its unconstrained value.
     loc, scale : TensorVariable
-        Location and scale of the unconstrained value, of its shape; functions of the model's value
-        variables.
+        Location and scale of the unconstrained value, with its shape, as functions of the model's
+        value variables.
     random_walk : bool, default False
         Whether location and scale are those of the first value and of the increments along the
         last axis.
@@ -80,9 +80,9 @@ class Noncentering(Bijection):
     unchanged, which is centred. λ = 0 makes its prior standard, which is non-centred. Positive
     variables are transformed on the log scale, and random walks by their increments.
 
-    If a scale is so small relative to x that floats can't hold the difference between x and its
-    location, x rounds to its location, and the prior density of x is at its maximum for every y.
-    The log-determinant is then -inf, so that the draw gets no weight.
+    If a scale is so small that floats can't represent the difference between x and its location, x
+    rounds to the location, and the prior density of x is at its maximum for every y. The
+    log-determinant is then -inf, so that the draw has weight zero.
 
     Parameters
     ----------

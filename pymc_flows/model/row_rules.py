@@ -1,4 +1,4 @@
-"""Rules that tell whether a likelihood is a sum of terms that each depend on one row of a product.
+"""Rules to decide whether a likelihood is a sum whose terms each depend on one row of a product.
 
 A rule takes an op, its node, the row axis of each input, and the row axes of all variables so far.
 It returns the row axis of the output, or None if the op mixes rows. At least one input of the node
@@ -26,12 +26,12 @@ from pytensor.tensor.subtensor import AdvancedSubtensor, Subtensor
 
 # the "row axis" of a sum whose terms each depend on one row of the data
 ROW_SUM = "sum"
-# for scalar operations that are linear in some inputs only: the input in which they are not linear
+# scalar operations that are linear in some inputs only, to the index of a non-linear input
 NOT_LINEAR_IN = {TrueDiv: 1, Switch: 0, Second: 0}
 
 
 class MixesRowsError(ValueError):
-    """A likelihood is no sum over the rows of a product; the message names the operation."""
+    """A likelihood is not a sum over the rows of a product; the message names the operation."""
 
 
 # a variable's row axis: an axis number, ROW_SUM, None if it depends on no product, or the error of
@@ -49,7 +49,7 @@ def check_rows(fgraph: FunctionGraph, row_axes: Mapping[Variable, int]) -> None:
     fgraph : FunctionGraph
         Graph of the likelihood, a scalar.
     row_axes : mapping of Variable to int
-        Product, a variable of the graph, to the axis along which the rows of the data lie.
+        Product, a variable of the graph, to its axis of rows of the data.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def check_rows(fgraph: FunctionGraph, row_axes: Mapping[Variable, int]) -> None:
     if isinstance(found, MixesRowsError):
         raise found
     if found not in (None, ROW_SUM):
-        raise MixesRowsError("the likelihood is no sum over rows")
+        raise MixesRowsError("the likelihood is not a sum over rows")
 
 
 def _row_axis(node: Any, rows: RowAxes) -> int | str | None:
@@ -95,7 +95,7 @@ def _row_axis(node: Any, rows: RowAxes) -> int | str | None:
     if isinstance(op, Shape | Shape_i) or all(r is None for r in own):
         return None
     if isinstance(op, CheckAndRaise | SpecifyShape):
-        # further inputs are shapes, or conditions that make a whole draw invalid if they fail
+        # further inputs are shapes, or conditions whose failure makes the whole draw invalid
         return own[0]
     for mixed in own:
         if isinstance(mixed, MixesRowsError):
@@ -114,7 +114,7 @@ def _elemwise(op: Any, node: Any, own: Sequence[Any], rows: RowAxes) -> int | st
     depending = {r for r in own if r is not None}
     if ROW_SUM not in depending and len(depending) == 1:
         return depending.pop()
-    # a function of sums over rows is such a sum if it is linear in them
+    # a function of sums over rows is itself a sum over rows if it is linear in them
     scalar_op, alone = op.scalar_op, sum(r is not None for r in own) == 1
     linear = isinstance(scalar_op, Add | Sub | Neg | Identity)
     linear |= isinstance(scalar_op, Cast) and node.outputs[0].dtype.startswith("float")

@@ -25,9 +25,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Ordering = Mapping[str, tuple[str, slice, tuple[int, ...], str]]
 """PyMC's record of a group: a value variable's name to (name, slice, shape, dtype)."""
 
-# draws taken from an approximation that is given as a start
+# number of draws that are taken from an approximation given as a start
 START_DRAWS = 1000
-# leading dimensions of draws in a Dataset
+# names of the leading dimensions of draws in a Dataset
 SAMPLE_DIMS = ("chain", "draw", "sample")
 
 
@@ -39,17 +39,17 @@ def scalar_labels(ordering: Ordering) -> Iterator[str]:
 
 
 def arrays_of_points(points: Any, names: Sequence[str], model: pm.Model) -> dict[str, np.ndarray]:
-    r"""Take the arrays of named variables out of a mapping, a Dataset or a DataTree.
+    r"""Extract the arrays of named variables from a mapping, a Dataset or a DataTree.
 
     Parameters
     ----------
     points : mapping of str to array, Dataset or DataTree
-        Of a DataTree its ``posterior`` group, if it has one.
+        The points. The ``posterior`` group of a DataTree is used if there is one.
     names : sequence of str
-        Variables to take.
+        Variables to extract.
     model : Model
-        Its other variables may be in ``points``; names that it does not know are errors in a
-        mapping.
+        Model of the variables. ``points`` may contain other variables of the model. Names that the
+        model does not have are errors in a mapping.
 
     Returns
     -------
@@ -85,7 +85,8 @@ def free_shapes(model: pm.Model, *, constrained: bool) -> dict[str, tuple[int, .
     model : Model
         The model.
     constrained : bool
-        Names and shapes of the model's own variables; of its value variables otherwise.
+        Whether to return names and shapes of the model's own variables instead of its value
+        variables.
     """
     if not constrained:
         initial = model.initial_point(0)
@@ -98,7 +99,7 @@ def free_shapes(model: pm.Model, *, constrained: bool) -> dict[str, tuple[int, .
 def rows_of_points(
     arrays: Mapping[str, np.ndarray], shapes: Shapes
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-    r"""Flatten the sample dimensions that arrays have in common.
+    r"""Flatten the common sample dimensions of arrays.
 
     Parameters
     ----------
@@ -116,7 +117,7 @@ def rows_of_points(
     Raises
     ------
     ValueError
-        If an array does not end in its variable's shape, or sample shapes differ.
+        If the shape of an array does not end in its variable's shape, or if sample shapes differ.
     """
     sample_shapes = {}
     for name, array in arrays.items():
@@ -153,7 +154,7 @@ def unconstrain(
     values : list of TensorVariable
         Unconstrained, in the same order.
     log_jacobians : list of TensorVariable
-        ``log|d constrained / d unconstrained|`` (points,) of each variable that has a transform.
+        (points,), ``log|d constrained / d unconstrained|`` of each variable that has a transform.
     """
     points = [rv.type() for rv in model.free_RVs]
     values, log_jacobians = [], []
@@ -205,7 +206,7 @@ def unconstrained_draws(model: pm.Model, points: Any) -> dict[str, np.ndarray]:
 
 
 def draws_of_start(model: pm.Model, ordering: Ordering, start: Any) -> np.ndarray:
-    """Draws (draws, dim) of a group's variables, unconstrained, from what the user gave as a start.
+    """Extract draws (draws, dim) of a group's variables, unconstrained, from a user's start.
 
     Parameters
     ----------
@@ -214,7 +215,7 @@ def draws_of_start(model: pm.Model, ordering: Ordering, start: Any) -> np.ndarra
     ordering : mapping
         The group's, as PyMC has it.
     start : Dataset, DataTree or Approximation
-        Draws of all variables, or an approximation to draw from.
+        Draws of all variables, or an approximation that is sampled.
 
     Raises
     ------
@@ -229,7 +230,7 @@ def draws_of_start(model: pm.Model, ordering: Ordering, start: Any) -> np.ndarra
     if len(draws) < 2 or not np.isfinite(draws).all():
         raise ParametrizationError(
             "start must hold at least 2 draws, all finite on the unconstrained space, "
-            f"got {len(draws)} of which {np.isfinite(draws).all(axis=1).sum()} are finite"
+            f"got {len(draws)} draws with {np.isfinite(draws).all(axis=1).sum()} finite"
         )
     return draws
 
@@ -248,12 +249,12 @@ def unconstrained_start(
     start : mapping of variable or str to array, optional
         Constrained values.
     seed : int
-        Of initial points that are random.
+        Seed of random initial points.
 
     Raises
     ------
     UnknownFlowError
-        If a name is no free variable.
+        If a name is not that of a free variable.
     ParametrizationError
         If a value is not finite on the unconstrained space.
     """
@@ -288,9 +289,9 @@ def prior_points(
     names : sequence of str
         Value variables in the order of the flat vector.
     n : int
-        Number of draws; those that are not finite are left out.
+        Number of draws, from which those that are not finite are left out.
     rng : Generator
-        Of their seeds.
+        Source of the seeds of the draws.
     """
     try:
         draw = make_initial_point_fn(
@@ -299,7 +300,7 @@ def prior_points(
         with warnings.catch_warnings(action="ignore"):
             points = [draw(int(seed)) for seed in rng.integers(2**30, size=n)]
     except Exception:
-        # a flat prior, or a distribution without random draws; no fit depends on these draws
+        # a flat prior, or a distribution without random draws; a fit does without these draws
         return None
     flat = np.array([np.concatenate([np.ravel(p[name]) for name in names]) for p in points])
     flat = flat[np.isfinite(flat).all(axis=1)]
@@ -309,8 +310,8 @@ def prior_points(
 def labelled(model: pm.Model, values: Mapping[str, np.ndarray]) -> Dataset:
     """Label values by the model's dims and coords.
 
-    A transformed variable takes the dims of its original where their shapes agree; other arrays get
-    dims of their own.
+    A transformed variable gets the dims of its original variable if their shapes agree. Other
+    arrays get new dims.
     """
     arrays = {}
     for name, value in values.items():

@@ -14,7 +14,7 @@ from pytensor.scan.op import Scan
 
 from pymc_flows.model.minibatch import has_minibatch
 
-# elements of one draw's matrix; 64 matrices of this size exceed a processor's cache
+# smallest number of elements of a large matrix; 64 such matrices exceed a processor's cache
 MIN_LARGE_MATRIX = 2**13
 
 
@@ -36,7 +36,7 @@ def has_loop(model: Model) -> bool:
 def has_large_matrices(model: Model) -> bool:
     """Return whether draws are evaluated one by one because each computes large matrices.
 
-    It is false for a model with minibatches, because a loop over draws can't draw minibatches.
+    The result is False for a model with minibatches, because a loop can't draw them.
     """
     return not has_minibatch(model) and computes_large_matrices(
         [model.logp()], set(model.value_vars)
@@ -72,7 +72,7 @@ def largest_factored_side(model: Model) -> float:
     Returns
     -------
     float
-        0 without such a matrix; inf if a side is not known, which is so for matrices inside loops.
+        0 without such a matrix; inf if a side is not known, as for matrices inside loops.
 
     Examples
     --------

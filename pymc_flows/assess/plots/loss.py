@@ -48,7 +48,7 @@ def plot_loss(
     ----------
     approx : Approximation
         A fit with the attribute ``hist``: the loss of each step, in nats, shape (steps,), as
-        ``pm.fit`` leaves it. Steps whose loss is not finite are left blank.
+        ``pm.fit`` records it. Steps whose loss is not finite are left blank.
     window : int, optional
         Number of steps in the window of the median, at least 1. Defaults to a fiftieth of the
         steps.

@@ -38,7 +38,8 @@ def plot_pairs(
     results, reference, var_names, draws, random_seed, backend
         As in :func:`plot_compare`; of each result, at most ``draws`` points are shown.
     max_parameters : int, default 4
-        Largest number of parameters; the first of that order are shown, in all their pairs.
+        Largest number of parameters. The first ones, in the order of :func:`plot_compare`, are
+        shown in all pairs.
 
     Returns
     -------

@@ -22,7 +22,7 @@ SIZE = (6.0, 3.8)
 # Largest share of the draws in the tail (Vehtari et al. 2024, arXiv:1507.02646, algorithm 1).
 TAIL_SHARE = 0.2
 
-# Draws in the tail of many draws, in units of the square root of their number (the same).
+# Draws in the tail of many draws, in units of the square root of their number (same source).
 TAIL_ROOTS = 3
 
 
