@@ -19,7 +19,7 @@ PYTHON = Mode(linker="py", optimizer="fast_compile")
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of one bijection in a row, so that one worker compiles its functions once."""
+    """Run a bijection's tests one after another, so that one worker compiles its functions."""
     first: dict = {}
     places = {}
     for place, item in enumerate(items):
@@ -38,7 +38,7 @@ def no_c_compiler():
 
 @pytest.fixture
 def python(monkeypatch):
-    """Compile to Python instead of JAX: steps are slow, but compiled in a second."""
+    """Compile to Python instead of JAX: steps are slow, but compilation takes a second."""
 
     def compile_in_python(*args, **kwargs):
         return pymc_compile(*args, **{**kwargs, "mode": PYTHON})
@@ -92,7 +92,8 @@ def centred_schools():
 
 @pytest.fixture(scope="session")
 def fit_once(tmp_path_factory):
-    """Return a function that makes a fit in one of pytest's workers, and loads its file in others.
+    """Return a function that makes a fit in one of pytest's workers and loads its file in the
+    others.
 
     Its arguments are a name of the fit, and two functions: one builds the model, one returns the
     fit of the model. A loaded fit has the same draws, ``hist`` and ``fit_stats``.

@@ -34,10 +34,10 @@ ORDER = (
     "__init__",
 )
 
-# lines of a module
+# largest number of lines of a module
 MOST_MODULE_LINES = 450
 
-# lines of code in a function, without its docstring, comments and blank lines
+# largest number of lines of code in a function, without docstring, comments and blank lines
 MOST_FUNCTION_LINES = 60
 
 # classes of groups, which only pymc_flows/groups may test for
@@ -80,7 +80,7 @@ MODULES = {name_of(path): path for path in sources()}
 
 
 def place(path: Path, node: ast.AST) -> str:
-    """Where a node stands, as an editor opens it."""
+    """Position of a node as file and line, which an editor can open."""
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
@@ -106,7 +106,7 @@ def imported(path: Path) -> Iterator[tuple[ast.stmt, str, str | None]]:
 
 
 def no_breach(breaches: list[str]) -> None:
-    """Fail with one line for each breach."""
+    """Fail with one line for each violation."""
     assert not breaches, "\n" + "\n".join(breaches)
 
 
@@ -174,7 +174,7 @@ def test_imports_go_down_the_order_of_folders():
 
 
 def test_imports_form_no_cycle():
-    """No chain of imports between modules leads back to its beginning.
+    """No chain of imports between modules leads back to its first module.
 
     ``from package import name`` counts as an import of the package's ``__init__``, which it runs.
     """
@@ -264,7 +264,8 @@ def modules_of(node: ast.AST) -> list[str]:
 def test_only_groups_test_for_kinds_of_groups():
     """Other folders ask a group through its protocol, never for its class.
 
-    ``isinstance``, ``issubclass``, ``type(group) is ...`` and ``case FlowGroup():`` all ask for it.
+    ``isinstance``, ``issubclass``, ``type(group) is ...`` and ``case FlowGroup():`` test for a
+    class.
     """
     breaches = []
     for module, path in MODULES.items():

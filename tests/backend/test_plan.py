@@ -1,4 +1,4 @@
-"""The plan of a fit: what is compiled, on which backend, with how many draws a call."""
+"""The plan of a fit: which functions are compiled, for which backend, for how many draws."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from pymc_flows.backend.plan import BATCH, FEW_DRAWS, LITTLE_WORK, Plan
 
 @pytest.fixture
 def approx(normal):
-    """A flow of four layers beside a group that a fit may not move."""
+    """A flow of four layers, and a group that a fit may not move."""
     members = [
         SimpleNamespace(n_layers=4, placeable=True),
         SimpleNamespace(n_layers=1000, placeable=False),
@@ -113,7 +113,7 @@ def test_only_a_loop_on_jax_is_not_compiled_again(approx, monkeypatch, backend, 
 def test_only_a_loop_that_fits_one_call_of_jax_is_not_compiled_again(
     backend, n_draws, loop, splits
 ):
-    # with so many steps, other backends compile the flow
+    # with this number of steps, backends other than JAX compile the flow
     plan = Plan(NormalizingFlow("planar", model=recursion(loop)), 10**6, 64, backend)
     density = SimpleNamespace(fell_back=False, n_draws=64)
     assert plan.splits(density, n_draws) == splits

@@ -29,7 +29,7 @@ def draws_of_reference(name=NAME, shift=0.0):
 
 
 def exact(model, random_seed):
-    """A method that knows the answer, and how many gradients it took."""
+    """A method that returns the reference, and a number of gradients."""
     stats = xr.Dataset({"n_steps": (("chain", "draw"), np.full((4, 1000), 3))})
     return xr.DataTree.from_dict({"posterior": draws_of_reference(), "sample_stats": stats})
 
@@ -53,7 +53,7 @@ def incomplete(model, random_seed):
 
 
 def no_draws(model, random_seed):
-    """A method that returns something else."""
+    """A method that returns an object without draws."""
     return [1.0, 2.0]
 
 
@@ -69,7 +69,7 @@ def mean_field(model, random_seed):
 
 
 class Approximate:
-    """What a method may return: it can be sampled, and says what it took."""
+    """An object that a method may return: it can be sampled, and records its cost."""
 
     fit_stats = {"gradient_evaluations": 7, "seconds": {"compile": 1.0}, "start_elbo": -2.0}  # noqa: RUF012
 

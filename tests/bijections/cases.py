@@ -1,7 +1,8 @@
 """The table of layers that every law is tested on, and compiled functions that the tests share.
 
-Weights are perturbed far from their initial values: near the identity most wrong formulas look
-right. Each function is compiled once per layer and serves all perturbations and all laws.
+Weights are perturbed far from their initial values: near the identity many wrong formulas give
+nearly the right values. Each function is compiled once per layer and serves all perturbations and
+all laws.
 """
 
 import functools
@@ -148,7 +149,7 @@ class Result:
         draws, dim = z.shape
         of_value = np.repeat(np.eye(dim), draws, axis=0)
         arrays = np.tile(z, (dim, 1)), flat, of_value, np.zeros(draws * dim)
-        if self._static:  # a compiled function for so many draws takes no more at once
+        if self._static:  # each call must have the number of draws that was compiled
             chunks = zip(*(np.split(a, dim) for a in (arrays[0], *arrays[2:])), strict=True)
             parts = [self._evaluate.func(a, flat, *more)[2] for a, *more in chunks]
             return np.stack(parts, axis=1)

@@ -36,7 +36,7 @@ def test_lower_triangular_makes_the_gaussian_of_scipy(dim, scale):
     factor = np.tril(lower, k=-1) + np.diag(np.exp(log_diagonal))
     result = forward(bijection, z, flat)
     assert_allclose(result.value, z @ factor.T + loc, rtol=1e-12, atol=1e-10)
-    if np.linalg.cond(factor) < 1e4:  # for larger ones the covariance itself is rounded too much
+    if np.linalg.cond(factor) < 1e4:  # above, the covariance is rounded too much
         log_q = stats.norm.logpdf(z).sum(axis=1) - result.log_det
         gaussian = stats.multivariate_normal(loc, factor @ factor.T)
         assert_allclose(log_q, gaussian.logpdf(result.value), rtol=1e-8)

@@ -35,7 +35,7 @@ from pymc_flows.families.matrices import mnf
 @pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("correlated", [False, True])
 def test_density_terms_are_louizos_and_wellings(shape, n_statistics, rowwise, correlated):
-    """The paper's r has one statistic of W; several are added; rowwise, r standardizes z."""
+    """The paper's r has one statistic of W; several are summed. A rowwise r standardizes z."""
     options = {**SMALL, "n_statistics": n_statistics, "rowwise": rowwise, "correlated": correlated}
     check_density_terms(mnf(shape, **options, dropout=0.3), 0.1, 1.0)
 
@@ -68,7 +68,7 @@ def test_rowwise_auxiliary_is_exact_for_gaussian_multipliers():
 
 
 def test_auxiliary_of_correlated_weights_is_exact_for_gaussian_multipliers():
-    """The matrix is then Gaussian, of what the multipliers add to its own covariance."""
+    """The matrix is then Gaussian; the multipliers add to its covariance given them."""
     rows, columns = 3, 4
     layer = Multiplicative(
         (rows, columns), Loc(rows), Loc(rows), dropout=0.3, rowwise=True, correlated=True
@@ -192,7 +192,7 @@ def test_bound_tightens_with_the_capacity_of_r():
 
 
 def trained_in(function, noise, flat, free):
-    """Weights; those that are free minimise the mean of log_q."""
+    """Return weights of which the free ones minimise the mean of log_q."""
 
     def placed(part):
         whole = flat.copy()
@@ -214,7 +214,7 @@ def trained_in(function, noise, flat, free):
     [(1, [Coupling] * 2 + [LowerTriangular]), (201, [Coupling] * 2 + [LowRank, Scale, Loc])],
 )
 def test_a_single_weight_and_many(n, layers):
-    """log_q is the density of W given the multipliers, with that of the multipliers' flow."""
+    """log_q is the density of W given the multipliers plus that of the multipliers."""
     layer = mnf((n, 1), **SMALL, multipliers="weights")
     assert [type(one) for one in layer.flow.layers] == layers
     if n == 1:

@@ -1,8 +1,9 @@
 """Layers against other libraries with the same weights; peers/README.md lists the libraries.
 
 ``peers/make.py`` wrote the files with the peers' numbers. If a peer has another layout or
-constraint of its weights, they are translated here. The whole layer is compared: conditioner,
-transformer and log-determinant. FlowJAX is called directly, in the other tests of this folder.
+constraint of its weights, the tests translate the weights. The whole layer is compared:
+conditioner, transformer and log-determinant. FlowJAX is called directly, in the other tests of this
+folder.
 """
 
 from pathlib import Path

@@ -72,6 +72,6 @@ def test_low_rank_fits_a_shared_factor_and_a_narrow_direction(python):
         flow = Chain([LowRank(15, 1), Scale(15), Loc(15)])
         approx = pmf.fit(600, method=flow, initialize=False, random_seed=1, progressbar=False)
     stats = approx.sample(1000, random_seed=2).sample_stats
-    # the best that any scales do: precisions of one dimension given the others
+    # the best scales are the precisions of each dimension given the others
     best_diagonal = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
     assert (stats["log_q"] - stats["log_p"]).mean() < 0.1 < best_diagonal - 0.5

@@ -1,4 +1,4 @@
-"""From names, formulas and options to flows."""
+"""Flows are built from names, formulas and options."""
 
 import pytest
 

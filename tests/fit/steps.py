@@ -1,4 +1,4 @@
-"""What several tests of fitting share: a model with one weight, and steps with scripted noise."""
+"""A model with one weight, and steps with scripted noise, for several tests of fitting."""
 
 import numpy as np
 import pymc as pm
@@ -11,7 +11,7 @@ NOISE = np.random.default_rng(0).normal(size=(6, 2, 1))
 
 
 class FixedNoise:
-    """Stands for a generator: gives the same arrays in turn."""
+    """A stand-in for a generator, which returns given arrays in turn."""
 
     def __init__(self, arrays):
         self.arrays = iter(arrays)

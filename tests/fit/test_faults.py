@@ -38,7 +38,7 @@ def test_a_start_where_the_density_is_zero_is_left(edge, python):
         x = pm.Flat("x", initval=0.0)
         pm.Potential("beyond", pt.switch(x > edge, -0.5 * (x - edge - 10) ** 2, -np.inf))
         if edge > 20:
-            # farther than the search looks
+            # outside the boxes in which the search draws points
             with pytest.raises(FloatingPointError, match=r"can't start.*(?s:.*)beyond"):
                 NFVI("scale-loc", random_seed=1).fit(500, **QUICK)
             approx = NFVI("scale-loc", start={"x": edge + 1}, random_seed=1).fit(500, **QUICK)
@@ -91,7 +91,7 @@ def test_ctrl_c_in_the_search_for_a_start_leaves_a_usable_approximation(
         with pytest.raises(KeyboardInterrupt):
             inference.fit(500, **QUICK)
         assert np.isfinite(inference.approx.sample(5).sample_stats["log_q"]).all()
-        approx = inference.fit(500, **QUICK)  # and it can be fitted after all
+        approx = inference.fit(500, **QUICK)  # a later fit is possible
     assert approx.fit_stats["start_elbo"] > -10
 
 

@@ -1,4 +1,4 @@
-"""What a user of ``pm.fit`` relies on: seeds, starts, callbacks, optimisers, backends, answers."""
+"""The options of ``pm.fit``: seeds, starts, callbacks, optimisers and backends; and its answers."""
 
 import shutil
 import warnings
@@ -58,7 +58,7 @@ def test_a_fit_takes_n_steps_and_can_be_sampled(normal, method, python):
 def test_the_stats_of_a_fit(normal, python):
     stats = tiny(normal, 5).fit_stats
     assert stats["steps"] == 5
-    # 5 steps of 64 draws, and what was reached weighed by 2048, or 8192 more
+    # 5 steps of 64 draws, then 2048 weighed draws, and 8192 more if the first are uneven
     assert stats["gradient_evaluations"] in (320 + 2048, 320 + 2048 + 8192)
     assert stats["stopped"] == "all 5 steps taken"
     assert stats["nonfinite_steps"] == stats["invalid_draws"] == 0
@@ -140,7 +140,7 @@ def test_callbacks_count_on_through_refine(normal, python):
     assert inference.approx is approx
     assert_array_equal(inference.hist, approx.hist)
     assert approx.fit_stats["steps"] == 5
-    # 5 steps of 64 draws, and two judgements of 2048 draws, each followed by one of 8192 or not
+    # 5 steps of 64 draws, and two decisions by 2048 draws, each followed by 8192 if uneven
     assert approx.fit_stats["gradient_evaluations"] >= 320 + 2 * 2048
     assert not np.isclose(first, weights(approx)).any()
 
@@ -461,7 +461,7 @@ def test_a_flow_in_numpy_steps_as_a_compiled_one_does(backend):
     with pytensor.config.change_flags(cxx=compiler or ""), warnings.catch_warnings():
         if backend == "numba":
             warnings.filterwarnings("ignore", module="numba")
-        # with a million steps ahead it pays to compile the flow
+        # with a million steps, the flow is compiled
         losses = [
             tiny(model, n, backend=backend, random_seed=1, **options).hist for n in (5, 10**6)
         ]

@@ -1,4 +1,4 @@
-"""What a fit does by itself: it ends, grows, and warns of uneven weights and of missed modes."""
+"""Decisions of a fit: it ends, grows, and warns of uneven weights and of missed modes."""
 
 import os
 import subprocess
@@ -87,7 +87,7 @@ def test_edges_of_a_covered_mode_are_not_missed_modes():
         radius = pt.sqrt((x**2).sum())
         halves = pt.logaddexp(*(-0.5 * ((x[0] - m) / 0.6) ** 2 for m in (-2, 2)))
         pm.Potential("energy", halves - 0.5 * ((radius - 2) / 0.4) ** 2)
-        # that the weights are uneven depends on the last bits
+        # whether the weights are uneven depends on rounding errors
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             approx = pm.fit(method="flow", random_seed=1, progressbar=False)
@@ -184,7 +184,7 @@ def test_means_can_be_tracked_as_the_warning_says(normal):
 
 
 def test_linear_algebra_of_small_matrices_runs_on_one_thread():
-    # afresh, for a library that is loaded only after the limit was set is not limited
+    # in a new process, because a library that is loaded after the limit was set is not limited
     code = """if True:
         import pymc as pm
         import pymc_flows

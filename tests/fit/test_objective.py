@@ -1,4 +1,4 @@
-"""The negative ELBO and its gradient: PyMC's own, the loop's, finite differences, bad draws."""
+"""The negative ELBO and its gradient, against PyMC, loops and finite differences; invalid draws."""
 
 import numpy as np
 import pymc as pm
@@ -100,7 +100,7 @@ def build(write):
 
 
 def groups_of(model, *vfams):
-    """One group a vfam, one variable each, last variable first; the last has the rest."""
+    """One group per vfam, with a variable each from the last on; the last group has the rest."""
     free = [model[rv.name] for rv in model.free_RVs][::-1]
     with model:
         groups = [
@@ -139,7 +139,7 @@ def compiled(approx, mode, n_draws=N_DRAWS, gradient="reparameterization", **opt
 
 
 def pymc_loss_and_gradient(approx, noise, mode):
-    """Evaluate the loss that PyMC's own KL operator writes down, on our noise."""
+    """Evaluate the loss of PyMC's own KL operator on our noise."""
     loss = KL(approx).apply(None)
     loss = graph_replace(
         loss,
@@ -332,7 +332,7 @@ def test_a_minibatch_counts_for_all_data(scaled, python):
 
 
 def test_the_batch_of_a_matrix_is_its_rows(python):
-    """Though it has fewer columns: 4 of 20 rows count five times, whatever the 2 columns."""
+    """A batch of 4 of 20 rows counts five times, although the matrix has only 2 columns."""
     with pm.Model() as model:
         mu = pm.Normal("mu")
         pm.Normal(
@@ -387,7 +387,7 @@ def test_a_bad_draw_leaves_the_others_as_they_are(flow, fail, vectorize, python)
     approx = perturb(groups_of(model, flow), 0.1)
     signs = np.array([1, -1, 1, 1, -1])
     noise = noise_for(approx, signs.size)[0]
-    noise[:, 0] = signs * (1.5 + np.abs(noise[:, 0]))  # so far out that the flow keeps the sign
+    noise[:, 0] = signs * (1.5 + np.abs(noise[:, 0]))  # the flow keeps these signs
     loss, n_valid, gradient = compiled(approx, python, signs.size, vectorize=vectorize)([noise])
     assert n_valid == 3
     expected = compiled(approx, python, 3, vectorize=vectorize)([noise[signs > 0]])

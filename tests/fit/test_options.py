@@ -1,4 +1,4 @@
-"""Fit options are declared once: limits, defaults, and the signature of what takes them."""
+"""Fit options are declared once: limits, defaults, and the signature of methods that take them."""
 
 import inspect
 

@@ -32,7 +32,7 @@ def test_separate_modes_get_a_mixture_base():
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [1.5, 4.0])
 def test_two_modes_in_one_dimension_are_fitted(apart):
-    """Modes that touch, which splines can fit, and modes too far apart without mode finding."""
+    """Splines fit modes that overlap; only mode finding reaches modes that are far apart."""
     with pm.Model():
         pm.NormalMixture("x", [0.3, 0.7], [-apart, apart], sigma=0.7)
         approx = pm.fit(method="flow", random_seed=1, progressbar=False)
@@ -56,7 +56,7 @@ def test_a_fit_starts_from_draws_or_an_approximation(kind, python):
     assert_allclose(approx.fit_stats["start_elbo"], 0.0, atol=1e-6)
     assert_allclose(approx.mean.eval(mode=python), [50, 50, 3], atol=1e-3)
     assert_allclose(approx.std.eval(mode=python), [2, 2, 0.1], rtol=2e-3)
-    # no search: what it took is the settling of one Gaussian
+    # no search: all gradients are those of natural-gradient steps of one Gaussian
     searched = first.fit_stats["gradient_evaluations"]
     assert approx.fit_stats["gradient_evaluations"] < searched
 
@@ -103,7 +103,7 @@ def test_above_a_thousand_dimensions_a_shared_factor_is_found():
     precision = 1100 / 5 + 1 / 100
     mean, sd = y.sum() / 5 / precision, precision**-0.5
     found = drawn.posterior["mu"].to_numpy()[0]
-    assert abs(found.mean() - mean) < (4 / 4000**0.5 + 0.02) * sd  # 4 standard errors, and its bias
+    assert abs(found.mean() - mean) < (4 / 4000**0.5 + 0.02) * sd  # 4 standard errors and a bias
     assert_allclose(found.std(), sd, rtol=0.05 + 4 / 8000**0.5)
     exact = stats.multivariate_normal(0, 5.0).logpdf(y - mean).sum()
     exact += stats.norm(0, 10).logpdf(mean) + 0.5 * np.log(2 * np.pi / precision)

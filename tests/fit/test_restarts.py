@@ -1,4 +1,4 @@
-"""Several fits of which the best is kept."""
+"""Several fits; the best one is kept."""
 
 import numpy as np
 import pymc as pm
@@ -131,5 +131,5 @@ def test_evaluations_of_restarts_are_counted_once(python):
         before = approx.fit_stats["gradient_evaluations"]
         inference.refine(10, progressbar=False)
     more = approx.fit_stats["gradient_evaluations"] - before
-    # steps, a choice of states, and a judgement of 2048 or 8192 more
+    # draws of the steps, of the choice among states, and of decisions by 2048 or 8192
     assert more <= 640 + 4 * 1024 + 2048 + 8192

@@ -58,7 +58,7 @@ def test_a_sudden_gradient_is_clipped_at_ten_times_the_running_norm(python):
     noise[1] = 1e6
     approx = located()
     step = make_step(approx, noise, obj_optimizer=pm.sgd(learning_rate=1e-3))
-    step.has_rate = True  # clipped as for our own optimizer, whose step would not show the norm
+    step.has_rate = True  # clipped as with Adam, whose step would not show the norm
     step(1.0)
     assert_allclose(weight(approx), 3e-3)
     step(1.0)
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing(python):
 def test_a_step_raises_the_density_to_a_power(python):
     approx = located()
     step = make_step(approx, np.zeros((2, 2, 1)), obj_optimizer=pm.sgd(learning_rate=0.1))
-    step(1.0, 0.5)  # of the gradient -3, the prior's half
+    step(1.0, 0.5)  # half of the prior's part of the gradient -3
     assert_allclose(weight(approx), 0.15)
 
 

@@ -1,4 +1,4 @@
-"""The models and approximations of the golden files, by public names of every format's version."""
+"""The models and approximations of the golden files, by names that all formats' versions have."""
 
 import numpy as np
 import pymc as pm
@@ -192,8 +192,8 @@ def low_rank(vfam):
     return build
 
 
-# What each format's files hold. Version a5ed9ab of format 1 wrote all that version 7dd1b68 of
-# format 2 did, so format 2 has fewer files. Format 0 is format 1 as it was first.
+# Cases of each format. Version a5ed9ab of format 1 could write all cases that version 7dd1b68 of
+# format 2 could, so format 2 has fewer files. Format 0 is the first version of format 1.
 ALL, NOT_SECOND, NAMED = (0, 1, 2, 3, 4), (0, 1, 3, 4), (0, 1, 4)
 SINCE_BASES, NAMED_SINCE_BASES = (1, 3, 4), (1, 4)
 # name: model, builder of the approximation, and formats

@@ -1,4 +1,4 @@
-"""Write the golden files: fits as each format's version saved them, and draws as it drew them.
+"""Write the golden files: fits that each format's version saved, and draws that it made.
 
 Run once for each format, by the last version that wrote the format::
 
@@ -34,7 +34,7 @@ import pymc_flows as pmf
 
 
 def draws(approx):
-    """Draw as the versions do without JAX."""
+    """Draw as these versions do without JAX."""
     approx.backend = "numba"
     idata = approx.sample(N_DRAWS, random_seed=SEED)
     found = {str(name): np.asarray(array[0]) for name, array in idata.posterior.items()}

@@ -1,4 +1,4 @@
-"""Components of a mixture base: a chain maps each to the Gaussian that it was made for."""
+"""Components of a mixture base: a chain maps each to its given Gaussian."""
 
 import numpy as np
 import pymc as pm
@@ -49,7 +49,7 @@ def test_components_beyond_the_gaussians_share_them_apart(chain):
 
 @pytest.mark.parametrize("flow", ["realnvp", "planar", "householder", "flow"])
 def test_a_flow_maps_its_components_to_the_given_gaussians(flow, python):
-    """In whatever order the first layers of the flow pass the elements on."""
+    """This holds for any order in which the first layers of the flow return the elements."""
     with pm.Model():
         pm.Normal("x", shape=3)
         approx = NFVI(flow, base="mixture", n_components=2, n_layers=3, random_seed=1).approx

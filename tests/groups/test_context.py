@@ -1,4 +1,4 @@
-"""Flows that see a context: rows of data, minibatches, encoders, and files."""
+"""Flows with a context: rows of data, minibatches, encoders, and files."""
 
 import numpy as np
 import pymc as pm

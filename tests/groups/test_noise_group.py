@@ -1,4 +1,4 @@
-"""What PyMC asks of its groups, and graphs of moments that a fit makes stale."""
+"""PyMC's interface of groups, and graphs of moments that become stale in a fit."""
 
 import numpy as np
 import pymc as pm

@@ -1,4 +1,4 @@
-"""The protocol of groups: one table of groups, each of which keeps the same rules."""
+"""The protocol of groups: one table of groups, and rules that each of them keeps."""
 
 import json
 
@@ -42,7 +42,7 @@ def build_model():
 
 
 def made(name, model=None):
-    """Group of the matrix with perturbed parameters: as PyMC has it, and as the protocol has it."""
+    """Group of the matrix with perturbed parameters, and its adapter to the protocol."""
     vfam, options = GROUPS[name]
     model = model or build_model()
     with model:

@@ -98,7 +98,7 @@ def test_other_groups_of_pymc_have_no_score_and_no_density_of_points(normal):
 
 def test_a_subclass_of_a_pymc_group_draws_like_it_but_has_no_file(normal):
     class Mine(MeanFieldGroup):
-        """A group that a file could not make again."""
+        """A group that a file can't restore."""
 
     mine = adapt(Mine(normal.free_RVs, model=normal))
     assert isinstance(mine, MeanField)

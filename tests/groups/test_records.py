@@ -1,4 +1,4 @@
-"""Plain data for files: what goes in comes out, and what a file can't hold is named."""
+"""Plain data for files: records are restored exactly, and errors name unsupported values."""
 
 import json
 

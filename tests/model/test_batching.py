@@ -55,7 +55,7 @@ def test_a_graph_that_cannot_be_vectorised_is_scanned_with_a_warning(python):
         graphs = log_density(approx, x)
     assert uses_scan(graphs)
     assert_allclose(graphs[1].eval(mode=python), [-4.0, 6.0, -1.0])
-    log_density(approx, x, vectorize=False)  # without a warning, which would be an error
+    log_density(approx, x, vectorize=False)  # no warning is issued; a warning would be an error
 
 
 def test_large_matrices_are_vectorised_only_on_request(python):

@@ -203,7 +203,7 @@ def test_one_of_two_matrices_in_a_product_is_sampled(transposed):
     approx = fitted(factors)
     found, refused = find_local_draws(approx, 2)
     assert found.names == ("loadings",)
-    assert "its product is sampled as the product of 'loadings' already" in refused["scores"]
+    assert "its product is already sampled as the product of 'loadings'" in refused["scores"]
     found.substitute(approx.model.datalogp)
 
 

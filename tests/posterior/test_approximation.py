@@ -51,7 +51,7 @@ def test_points_of_the_prior_come_in_the_groups_order_and_unconstrained():
     points = approx.prior_points(400, np.random.default_rng(1))
     assert points.shape == (400, 3)
     assert (np.abs(points[:, :2].mean(axis=0) - 100) < 4 / 400**0.5).all()
-    # a half-normal's mean is scale sqrt(2 / pi), its sd scale sqrt(1 - 2 / pi)
+    # a half-normal has mean scale sqrt(2 / pi) and sd scale sqrt(1 - 2 / pi)
     error = 2 * (1 - 2 / np.pi) ** 0.5 / 400**0.5
     assert abs(np.exp(points[:, 2]).mean() - 2 * (2 / np.pi) ** 0.5) < 4 * error
 

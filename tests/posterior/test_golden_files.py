@@ -1,4 +1,4 @@
-"""Files that older versions saved still load, and draw what those versions drew.
+"""Files of older versions still load, and give the draws of those versions.
 
 ``tests/golden/make.py`` says which version wrote each format, and how.
 """
@@ -17,8 +17,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("format*/*.nc"))
 FORMATS = sorted(GOLDEN.glob("format*"))
 
-# Relative tolerance of draws in double precision. The files' own draws are NumPy's; sums and
-# exponentials are rounded in another way by another processor, NumPy, JAX or numba.
+# Relative tolerance of draws in double precision. NumPy made the draws in the files. Another
+# processor, NumPy, JAX or numba rounds sums and exponentials differently.
 ROUNDING = 1e-12
 # The same if conditioners compute in single precision: their outputs then differ by some 6e-8
 SINGLE_ROUNDING = 1e-5

@@ -1,4 +1,4 @@
-"""A file knows its model by variables, data and densities, and says how another one differs."""
+"""A file identifies its model by variables, data and densities; messages state differences."""
 
 import json
 
@@ -19,7 +19,7 @@ def build(*, sd=1.0, data=(0.5, 1.0), name="mu", positive=False, extra=False):
 
 @pytest.fixture
 def saved():
-    """The signature of the model that was fitted, as a file holds it, with its arrays."""
+    """The signature of the fitted model, as in a file, with its arrays."""
     arrays: dict = {}
     return json.loads(json.dumps(signature(build(), arrays))), arrays
 

@@ -96,7 +96,7 @@ def normflows_cases():
 
     convolution = flows.Invertible1x1Conv(DIM, use_lu=True)
     randomised(convolution)  # all but the permutation
-    convolution.sign_S.fill_(1.0)  # theirs keeps the signs of the rotation it starts from
+    convolution.sign_S.fill_(1.0)  # the convolution keeps the signs of its initial rotation
     x, log_det = convolution.inverse(z[:, :, None, None])
     yield "lu", case(convolution, z, x[:, :, 0, 0], log_det)
 
@@ -127,9 +127,10 @@ def pyro_cases():
         x = randomised(module)(z)
         yield name, case(module, z, x, module.log_abs_det_jacobian(z, x))
 
-    # Theirs multiplies by Q and R from the right in both places: not the paper's form, nor the map
-    # whose log-det it gives, unless Q is the identity, as of two equal reflections. The Q of others
-    # is applied around it, as in the paper. To each determinant it adds 1e-8; autodiff does not.
+    # Pyro multiplies by Q and R from the right in both places. This is neither the paper's form nor
+    # the map of its log-determinant, unless Q is the identity, which two equal reflections give.
+    # For other Q, the test applies Q around the layer, as in the paper. Pyro adds 1e-8 to each
+    # determinant, and autodiff does not.
     bend, turn = (
         randomised(transforms.Sylvester(DIM, 2)),
         randomised(transforms.Sylvester(DIM, DIM)),

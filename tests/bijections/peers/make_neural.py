@@ -72,7 +72,7 @@ def residual(rng, dim=2, width=5):
         weight.data = torch.tensor(0.2 * rng.normal(size=weight.shape))
     peer = normflows.flows.Residual(net, reverse=False, reduce_memory=False, brute_force=True)
     z = torch.tensor(rng.normal(size=(DRAWS, dim)), requires_grad=True)
-    # the block adds what it is given less its log-det; the wrapper turns the sign again
+    # the block subtracts its log-determinant from its argument; the wrapper reverses the sign
     x, log_det = peer.forward(z)
     return arrays(z=z, x=x, log_det=log_det, w0=net[0].weight.T, b0=net[0].bias,
                   beta=swish.beta, w1=net[2].weight.T, b1=net[2].bias)  # fmt: skip

@@ -19,7 +19,7 @@ from pymc_flows.fit.start.gaussian import (
 
 @pytest.mark.parametrize("power", [170, 308])
 def test_the_elbo_of_a_far_too_wide_gaussian_does_not_overflow(power):
-    """Its mean or its variance exceeds the largest float: the ELBO is -inf, without a warning."""
+    """If its mean or variance exceeds the largest float, the ELBO is -inf, without a warning."""
 
     def steep(x):
         log_p = np.where(x[:, 0] > 0, -float(f"1e{power}"), -1.0)

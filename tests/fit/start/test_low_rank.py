@@ -1,4 +1,4 @@
-"""A low rank beside a diagonal, by Lanczos iterations."""
+"""A diagonal plus a low rank, by Lanczos iterations."""
 
 import numpy as np
 import pytest

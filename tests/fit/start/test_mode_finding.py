@@ -22,7 +22,7 @@ def test_damped_newton_finds_the_mode_in_any_units():
 
 @pytest.mark.parametrize("angle", np.linspace(0.1, 1.5, 8))
 def test_damped_newton_on_a_flat_direction_keeps_the_factor_invertible(angle):
-    """When rounding would make it singular depends on the linear algebra library."""
+    """The linear algebra library determines the step at which rounding would make it singular."""
     along = np.array([np.cos(angle), np.sin(angle)])
 
     def ridge(x):

@@ -40,13 +40,13 @@ def test_modes_without_curvature_have_mass(seed):
     start = find_start(broken_ring, np.full(2, 1e-3), np.random.default_rng(seed))
     assert len(start.modes) == 2
     assert_allclose(np.sort(start.modes[:, 0]), [-2, 2], atol=0.01)
-    # by quadrature, the log of the mass of both is 1.88 nats
+    # by quadrature, the log of the total mass is 1.88
     assert all(0.5 < local.elbo < 1.2 for local in start.local)
     assert abs(start.gaussian.loc[0]) < 0.1
 
 
 def two_far_apart(x):
-    """Three times the mass around 3.6 as around -3.6, to which a first step may jump."""
+    """Modes at 3.6 and -3.6; the first has three times the mass, and a step may jump to it."""
     places, shares = (-3.6, 3.6), (0.25, 0.75)
     logs = np.stack(
         [normal(np.array([m]), np.array([[0.25]]))(x)[0] + np.log(p)

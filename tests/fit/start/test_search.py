@@ -1,4 +1,4 @@
-"""The whole search: Gaussians are found exactly, bad scales and bad initial points are survived."""
+"""The whole search: Gaussians are found exactly, at any scale and from bad initial points."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from pymc_flows.fit.start.settings import StartSettings
 
 
 def test_a_badly_scaled_gaussian_is_found():
-    """Exactly, unless a candidate's ELBO on 256 draws is higher by luck, which rounding decides."""
+    """It is found exactly, unless another candidate has a higher ELBO on 256 draws by chance."""
     loc, covariance = badly_scaled()
     sd = np.sqrt(np.diag(covariance))
     exact = 0
@@ -34,7 +34,7 @@ def test_a_badly_scaled_gaussian_is_found():
 
 
 def test_draws_to_start_from_do_not_win_by_luck():
-    """Their ascent is the exact Gaussian, whose ELBO on few draws looks no better than theirs."""
+    """Their ascent is the exact Gaussian, whose ELBO on few draws is no higher than theirs."""
     loc, covariance = badly_scaled()
     root = np.linalg.cholesky(covariance)
     for seed in range(40):
@@ -102,7 +102,7 @@ def test_beyond_full_covariances_a_low_rank_is_found():
     target = normal(loc, covariance)
     start = find_start(target, np.zeros(150), np.random.default_rng(1), settings=settings)
     assert isinstance(start.gaussian.factor, LowRankFactor)
-    # variances alone end 1200 nats below
+    # with variances alone, the ELBO is 1200 nats lower
     assert -5 < start.gaussian.elbo < 4 * start.gaussian.elbo_se
     sd = np.sqrt(np.diag(covariance))
     assert_allclose(start.gaussian.scales, sd, rtol=0.2)
