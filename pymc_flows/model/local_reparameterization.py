@@ -245,7 +245,7 @@ def _product(weights: Any, fgraph: FunctionGraph) -> Product:
     if len(nodes) != 1 or not _is_product(nodes[0]):
         names = sorted({str(getattr(node.op, "core_op", node.op)) for node in nodes})
         raise MixesRowsError(
-            "it must enter the likelihood by one product of two matrices only, but it enters "
+            "it must enter the likelihood by one product of two matrices only, but it is in "
             f"{len(nodes)} operations ({', '.join(names)})"
         )
     (node,) = nodes

@@ -136,9 +136,9 @@ def kernels():
 
 
 REFUSED = {
-    twice: ("weights", r"enters 2 operations \(Dot\)"),
+    twice: ("weights", r"in 2 operations \(Dot\)"),
     elsewhere: ("weights", r"in 2 operations \(Dot, Sum"),
-    squared: ("weights", r"enters 2 operations \(Dot\)"),
+    squared: ("weights", r"in 2 operations \(Dot\)"),
     scaled: ("weights", r"in 1 operations \(Mul\)"),
     positive: ("weights_log__", r"in 1 operations \(Exp\)"),
     standardised: ("weights", "Pow mixes the rows"),
