@@ -1,11 +1,11 @@
-"""The worth of each part of the default fit: accuracy and gradients with one part taken out.
+"""The effect of each part of the default fit: accuracy and gradients with one part taken out.
 
 Ten posteriors of ``benchmarks.references`` need more than a Gaussian; two, kilpisjarvi and
 diamonds, do not. ::
 
     python -m benchmarks.ablation --keep rows.jsonl --output benchmarks/results/ablation.md
 
-``--keep`` names a file for the rows; a later run takes from there the rows that it has.
+``--keep`` names a file for the rows; a later run reads rows from it instead of fitting again.
 
 Most parts have an option that takes them out. Two are constants of ``pymc_flows.fit``, and one is
 a step of :meth:`FlowGroup.restart`; these three are patched for the fit.
@@ -51,14 +51,14 @@ POSTERIORS = (
     "kilpisjarvi_mod-kilpisjarvi",
     "diamonds-diamonds",
 )
-# Draws by which a fit is graded.
+# Number of draws on which a fit is graded.
 DRAWS = 4000
 # Label of the whole fit.
 NOTHING = "nothing"
 
 
 def trained_affine() -> AbstractContextManager:
-    """Put the start into the trained affine map, in raw units, in place of a fixed whitening."""
+    """Put the start into the trained affine map, in raw units, instead of a fixed whitening."""
     restart = FlowGroup.restart
 
     def raw(group: FlowGroup, loc: np.ndarray, factor: Any, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +79,7 @@ def trained_affine() -> AbstractContextManager:
 
 
 def no_gaussian_end() -> AbstractContextManager:
-    """Judge no Gaussian to be near the posterior, so that every fit trains its flow."""
+    """Reject every Gaussian, so that every fit trains its flow."""
     return mock.patch.object(placement, "gaussian_fits", return_value=False)
 
 
@@ -90,7 +90,7 @@ def no_layers_added() -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Without:
-    """How to take a part out: arguments of ``pm.fit``, and a context for the fit."""
+    """A fit without a part: arguments of ``pm.fit``, and a context for the fit."""
 
     options: dict[str, Any] = field(default_factory=dict)
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
@@ -133,7 +133,7 @@ def fit(name: str, part: str, seed: int) -> dict[str, Any]:
 
 
 def attempt(name: str, part: str, seed: int) -> dict[str, Any]:
-    """As :func:`fit`; a fit that fails gives a row that says so."""
+    """Do as :func:`fit`; a fit that fails gives a row with its error."""
     try:
         row = fit(name, part, seed)
     except (FloatingPointError, ValueError) as error:

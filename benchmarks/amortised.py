@@ -2,7 +2,7 @@
 
 The model follows Rezende & Mohamed 2015 (arXiv:1505.05770, section 6.2 and figure 4). It has two
 layers of Gaussian latent variables and a decoder, trained jointly. A network maps each image to
-the approximate posterior of its latent variables. The table shows the bound of test images by
+the approximate posterior of its latent variables. The table shows the bound of test images for each
 number of flow layers. ::
 
     python -m benchmarks.amortised --output benchmarks/results/amortised.md

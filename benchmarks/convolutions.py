@@ -1,7 +1,7 @@
 """Digits by a convolutional network, as in Louizos & Welling 2017 (section 4.2).
 
 Digits and scores are those of ``neural_networks.py``. Fits take more steps and predictions more
-draws, because the differences in likelihood are small beside the remaining gain after 8,000 steps
+draws, because the differences in likelihood are smaller than the remaining gain after 8,000 steps
 and the noise of 300 draws. NUTS, on all images at once, gives the predictions of the exact
 posterior. ::
 

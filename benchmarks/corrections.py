@@ -1,8 +1,8 @@
-"""Corrections of a flow fit beside reference draws: two-sample tests, effective draws per gradient.
+"""Corrections of a flow fit against references: two-sample tests, effective draws per gradient.
 
-The default fit of four posteriors is taken as it is, resampled, corrected by independence
-Metropolis-Hastings, and used as the base space of NUTS. Plain NUTS runs beside. All NUTS is
-nutpie's. ::
+The default fit of four posteriors is used unchanged, resampled, corrected by independence
+Metropolis-Hastings, and used as the base space of NUTS. Plain NUTS is added for comparison. NUTS is
+always nutpie's. ::
 
     python -m benchmarks.corrections --seeds 1 2 3 --output benchmarks/results/corrections.md
 """
@@ -34,9 +34,10 @@ POSTERIORS = (
     "ig-german_credit_sparse_logistic",
     "sbi-slcp",
 )
-# Each distance, and the decimals that the table prints of it.
+# Each distance, to its number of decimals in the table.
 MEASURES = {"sliced_wasserstein": 3, "mmd": 4, "classifier": 3}
-# Permutations behind each p-value; it must stay small when multiplied by the number of tests.
+# Permutations per p-value; the p-value must be able to be small after it is multiplied by the
+# number of tests.
 N_PERMUTATIONS = 2000
 # Draws of the fit, of its resampling, and the most that a test takes of a chain.
 DRAWS = 4000
@@ -47,7 +48,7 @@ NUTS_DRAWS = 1000
 NUTS_CHAINS = 4
 # Fewest draws that a test takes of a chain with at least as many effective draws.
 FEWEST_DRAWS = 50
-# Ways whose draws are chains, and so correlated.
+# Ways that return chains, whose draws are correlated.
 CHAINS = ("sample_imh", "sample_neutra", "NUTS")
 # Level of the joint test in the second table.
 LEVEL = 0.05
@@ -81,8 +82,8 @@ def least_ess(posterior: xr.Dataset, variables: Sequence[str]) -> float:
 def thinned(draws: np.ndarray, ess: float) -> np.ndarray:
     """Evenly spaced draws of a chain, for tests that take draws to be independent.
 
-    Half the effective sample size is kept. The whole would still repeat draws of a chain that
-    stays in one place for long, as independence Metropolis-Hastings can.
+    Half the effective sample size is kept. With the full effective sample size, draws would still
+    repeat if a chain stays at one draw for long, as in independence Metropolis-Hastings.
     """
     count = min(DRAWS, max(ess / 2, min(ess, FEWEST_DRAWS)))
     return draws[:: max(1, round(len(draws) / count))]
@@ -91,7 +92,7 @@ def thinned(draws: np.ndarray, ess: float) -> np.ndarray:
 def ways_of(
     approx: pmf.FlowApproximation, model: pm.Model, seed: int
 ) -> dict[str, Callable[[], xr.DataTree]]:
-    """Name of each way to draws, and a function that takes it."""
+    """Name of each way to get draws, and a function that does it."""
     quiet: dict[str, Any] = {
         "progressbar": False,
         "quiet": True,

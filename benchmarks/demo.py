@@ -1,4 +1,4 @@
-"""Radon in Minnesota: mean-field ADVI, full-rank ADVI and a flow beside NUTS.
+"""Radon in Minnesota: mean-field ADVI, full-rank ADVI and a flow against NUTS.
 
 Run it with ``make demo`` or ``python -m benchmarks.demo``. It prints a comparison and writes
 ``demo.png``.
@@ -69,7 +69,7 @@ def fits(model: pm.Model, seed: int, backend: str | None) -> tuple[dict, dict[st
 
 
 def show(table: pd.DataFrame, seconds: dict[str, float], console: Console) -> None:
-    """Print a line for each method, then the parameters that most people look at first."""
+    """Print a line for each method, then the parameters of ``SHOWN``."""
     graded = pmf.grade(table)
     summary = Table(title=f"{len(table.loc['flow'])} parameters against NUTS")
     columns = ("method", "grade", "worst mean error", "sd ratios", "worst W1", "seconds")
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--backend", choices=["jax", "numba", "c"], default="jax")
     options = parser.parse_args()
-    # progress bars show the same; JAX copies ADVI's random generator, which is seeded all the same
+    # progress bars replace the log; JAX copies ADVI's random generator, which is seeded before
     logging.getLogger("pymc").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The RandomType SharedVariables")
     warnings.filterwarnings("ignore", message="os.fork")  # JAX is idle when NUTS's processes start

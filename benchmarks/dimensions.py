@@ -1,11 +1,12 @@
-"""Starts in hundreds of dimensions: variances alone, with a low rank, or all covariances.
+"""Starts in hundreds of dimensions: only variances, variances and a low rank, or all covariances.
 
-Expected: covariances matter most where many dimensions share one that the data leave open. All of
-them are worth their gradients up to about a thousand dimensions. ::
+Covariances are expected to matter most if many dimensions depend on one that the data do not
+determine. A full covariance is expected to be worth its gradients up to about a thousand
+dimensions. ::
 
     python -m benchmarks.dimensions --keep rows.jsonl --output benchmarks/results/dimensions.md
 
-``--keep`` names a file for the rows; a later run takes from there the rows that it has.
+``--keep`` names a file for the rows; a later run reads rows from it instead of fitting again.
 """
 
 from __future__ import annotations

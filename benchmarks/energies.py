@@ -9,7 +9,7 @@ is absolute, in nats. ::
     python -m benchmarks.energies --flows all --seeds 1 --processes 2 --keep fits --picture FILE
 
 ``--flows`` takes the name of a table, or names of its lines, such as ``glow naf``. ``--keep``
-names a folder for the fits; a later run takes from there the fits that it needs.
+names a folder for the fits; a later run reads fits from it instead of fitting again.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ LOG_EVIDENCE = {"U1": 1.8775, "U2": 2.0821, "U3": 2.6417, "U4": 2.7107}
 # Draws behind each divergence.
 DRAWS = 20_000
 
-# No search for a start, because the flow itself is to bend the unit Gaussian. No early end, because
-# progress comes in late jumps, and the noise between them looks like convergence.
+# No search for a start, because the flow itself must transform the unit Gaussian. No early end,
+# because the loss falls in late jumps, and between them it seems to have converged.
 PLAIN = {
     "n": 5000, "obj_n_mc": 256, "learning_rate": 5e-3, "initialize": False, "patience": 0,
 }  # fmt: skip
-# Annealing was expected to help wherever modes lie apart. It helped RealNVP, which otherwise lost a
-# branch of U4 (0.2 nats). The other flows of this table did no better with it, and some did worse.
+# Annealing was expected to help if modes are far apart. It helped RealNVP, which otherwise lost a
+# branch of U4 (0.2 nats). The other flows of this table were no better with it, and some were
+# worse.
 ANNEALED = {**PLAIN, "annealing": 2500}
 FLOWS = {
     "planar, K = 2": ("planar", {"n_layers": 2}, PLAIN),
@@ -189,7 +190,7 @@ def run(seeds: list[int], flows: dict, processes: int, keep: Path | None) -> pd.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         for seed, name, flow in itertools.product(seeds, LOG_EVIDENCE, flows):
-            # the checksum tells fits with other settings apart
+            # the checksum distinguishes fits with different settings
             settings = zlib.crc32(repr(flows[flow]).encode())
             kept = keep and keep / f"{seed} {name} {flow} {settings:08x}.npz"
             if kept and kept.exists():

@@ -1,4 +1,4 @@
-"""How far draws lie from a published reference, and the grade that this earns.
+"""Distances of draws from a published reference, and the grade that follows from them.
 
 The limits of the grades are the package's own, :data:`pymc_flows.statistics.criteria.GRADES`.
 README.md of this folder defines grades and floors.
@@ -48,7 +48,7 @@ class Errors:
 
     @property
     def grade(self) -> str:
-        """The best grade whose limits hold; the worst grade if an error is not finite."""
+        """The best grade whose limits hold, or the worst grade if an error is not finite."""
         if np.isfinite([self.mean, self.sd_low, self.sd_high, self.w1]).all():
             for word, limits in GRADES.items():
                 ratios = np.array([self.sd_low, self.sd_high])
@@ -71,7 +71,7 @@ def wasserstein(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Approximate Wasserstein-1 distances (scalars,) between columns of draws, by quantiles.
 
     ``pymc_flows.statistics.distances.wasserstein`` is exact, and differs by up to 0.002 standard
-    deviations, because the quantiles leave out the outermost draws. The approximation stays so
+    deviations, because the quantiles leave out the outermost draws. The approximation is kept so
     that new rows can be compared with the committed tables, which print three decimals.
     """
     levels = (np.arange(N_QUANTILES) + 0.5) / N_QUANTILES

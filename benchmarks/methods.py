@@ -1,4 +1,4 @@
-"""What a benchmark of methods runs: PyMC's methods, ours, NUTS, or a function of your own.
+"""The methods of a benchmark: PyMC's methods, ours, NUTS, or a function of your own.
 
 A method of your own is a function of a model and a seed, in a module that Python can import. The
 command line names it as ``module:function``. ::
@@ -63,7 +63,7 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One fit beside the reference.
+    """One fit compared with the reference.
 
     Attributes
     ----------
@@ -139,7 +139,7 @@ def resolve(name: str) -> Method:
 
 
 def fit_by_name(name: str, model: pm.Model, random_seed: int) -> Approximation:
-    """Fit by ``pm.fit`` with all else at its default."""
+    """Fit by ``pm.fit`` with its defaults."""
     try:
         with model:
             return pm.fit(method=name, random_seed=random_seed, progressbar=False)
@@ -163,12 +163,12 @@ def nuts(model: pm.Model, random_seed: int) -> xr.DataTree:
 
 
 def draws_of(method: str, result: Any, random_seed: int) -> xr.DataTree:
-    """Draws of what a method returned.
+    """Extract the draws from the result of a method.
 
     Raises
     ------
     MethodError
-        If it is nothing that the protocol allows.
+        If the result is not allowed by the protocol.
     """
     if isinstance(result, Approximation) and not isinstance(result, pmf.FlowApproximation):
         # the same draws, with their log densities

@@ -1,4 +1,4 @@
-"""What the benchmarks of neural networks share: fits by name, digits, scores, Adam and tables."""
+"""Parts of all benchmarks of neural networks: fits by name, digits, scores, Adam and tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pymc_flows as pmf
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
-# Classes that are trained on; the other digits are the unknown ones.
+# Classes in the training data; the other digits are unknown.
 KNOWN = range(8)
 # Images to train on, and of a minibatch.
 TRAINED = 1000
@@ -48,7 +48,7 @@ def fit(
     """Fit by a method's name; return the fit and the milliseconds of a step.
 
     ``method`` is a kind of mnf, ``"flow"``, a family of groups for all variables together, or
-    ``"each FAMILY"`` for a group of its own for each variable.
+    ``"each FAMILY"`` for a separate group for each variable.
     """
     with model:
         if method in MNF:

@@ -43,7 +43,7 @@ from benchmarks.networks import (
 
 # Standard deviation of the toy's noise.
 NOISE = 3.0
-# Hidden units of the toy's networks: few, which one flow can fit together, and as many as in the
+# Hidden units of the toy's networks: few, so that one flow can fit all weights, and those of the
 # paper.
 UNITS = 20
 WIDE = 100
@@ -67,7 +67,7 @@ METHODS = {
 }
 # Methods for the wide network. A fit of all its 301 weights has a low-rank affine map.
 WIDE_METHODS = {name: METHODS[name] for name in ("mnf", "mean field", "flow of all weights")}
-# Mnf that draws the products with the data for each row, in place of one matrix for all rows.
+# Mnf that samples the products per row of the data instead of one matrix for all rows.
 LOCAL = "mnf, local draws"
 
 
@@ -90,7 +90,7 @@ def toy_output(x, first, last, maximum, ones):
 
 
 def toy_model(x: np.ndarray, y: np.ndarray, units: int = UNITS) -> pm.Model:
-    """A network with one hidden layer, whose biases are a row of each matrix."""
+    """A network with one hidden layer; its biases are a row of each matrix."""
     with pm.Model() as model:
         first = pm.Normal("first", shape=(2, units))
         last = pm.Normal("last", shape=(units + 1, 1))
@@ -186,7 +186,7 @@ def networks(seed: int, n: int) -> list[MLPClassifier]:
     for i in range(n):
         net = MLPClassifier((HIDDEN,), activation="tanh", max_iter=300, random_state=100 * seed + i)
         with warnings.catch_warnings():
-            # it warns that 300 steps may not suffice, which does not matter here
+            # the warning that 300 steps may not suffice does not matter here
             warnings.simplefilter("ignore")
             found.append(net.fit(images, labels))
     return found

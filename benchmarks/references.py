@@ -1,4 +1,4 @@
-"""Fits beside published references: grade, errors, ELBO, k-hat, gradients and CPU seconds.
+"""Fits against published references: grade, errors, ELBO, k-hat, gradients and CPU seconds.
 
 Models, data and references are in ``posteriors/``, with their origins and licences. ::
 
@@ -7,10 +7,9 @@ Models, data and references are in ``posteriors/``, with their origins and licen
 
 ``--method`` takes a method of ``pm.fit``, ``nuts``, or a function of your own as
 ``module:function``; the docstring of ``benchmarks/methods.py`` says what it gets and returns.
-``--nuts`` runs NUTS beside it, posterior by posterior, so that the NUTS columns are of this run;
-without it they are those of ``posteriors/verified.json``, which were measured on another day.
-NUTS is nutpie's, with 4 chains of 1000 + 1000 draws. ``--keep FOLDER`` keeps the draws for
-``benchmarks.verdicts``.
+``--nuts`` also runs NUTS on each posterior and fills the NUTS columns from this run. Without it,
+they come from ``posteriors/verified.json``, which was measured on another day. NUTS is nutpie's,
+with 4 chains of 1000 + 1000 draws. ``--keep FOLDER`` keeps the draws for ``benchmarks.verdicts``.
 
 CPU seconds run from the call of the method to its result, compilation included; seconds by stage
 are wall time. Each seed has a process of its own, NUTS another, and each starts with nothing
@@ -51,15 +50,15 @@ HEAD = (
     "NUTS's gradients",
     "NUTS's CPU s",
 )
-# k-hat below which the summary counts a fit; the largest that Vehtari et al. 2024 allow.
+# k-hat below which the summary counts a fit; the largest threshold of Vehtari et al. 2024.
 KHAT_LIMIT = 0.7
-# Nats by which an ELBO may lie below its start's through Monte Carlo error.
+# Largest difference, in nats, by which Monte Carlo error may put an ELBO below its start's.
 ELBO_NOISE = 0.02
 
 
 @dataclass(frozen=True)
 class Nuts:
-    """What NUTS took for a posterior, and its grade if it ran in this call."""
+    """The cost of NUTS on a posterior, and its grade if it ran in this call."""
 
     gradients: float
     cpu: float
@@ -141,7 +140,7 @@ def summarise(rows: dict[str, Row], costs: dict[str, Nuts]) -> str:
 
 @contextlib.contextmanager
 def fresh_process() -> Iterator[Executor]:
-    """A process with nothing compiled; what it compiles goes to a temporary folder of its own."""
+    """A process with nothing compiled, which compiles to its own temporary folder."""
     before = os.environ.get("PYTENSOR_FLAGS")
     with tempfile.TemporaryDirectory() as folder:
         process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

@@ -1,15 +1,16 @@
-"""The cost of a training step, beside FlowJAX or an older checkout, and of the first step.
+"""The cost of a training step, against FlowJAX or an older checkout, and of the first step.
 
 A step is timed on eight schools with RealNVP: 8 couplings, 2 x 32 tanh units, 128 draws per step,
 float64. FlowJAX runs the same sizes; ours has a full affine map on top. Our default gradient is
-sticking the landing; a further row has the plain reparametrization gradient. All take blocks of
-steps in turn, so the ratios hold on a noisy machine. First steps are timed in fresh processes, from
-the finished model to the end of the step, imports excluded; on numba with an empty cache,
+sticking the landing; a further row has the plain reparametrization gradient. All run blocks of
+steps in turn, so that load on the machine affects the ratios little. First steps are timed in fresh
+processes, from the finished model to the end of the step, imports excluded; on numba with an empty
+cache,
 then with the cache that this left. ::
 
     python -m benchmarks.speed --output benchmarks/results/speed.md
 
-``--old PATH`` times the steps of another checkout beside those of this one instead, in three
+``--old PATH`` instead compares the steps of another checkout with those of this one, for three
 cases and in about two minutes. ::
 
     git worktree add /tmp/old COMMIT
@@ -91,7 +92,7 @@ def flowjax_timer(stick_the_landing: bool) -> Callable[[int], float]:
 
 
 def our_timer(gradient: str) -> Callable[[int], float]:
-    """A function that takes steps of ours, and returns the mean milliseconds of one."""
+    """A function that takes steps of pymc_flows, and returns the mean milliseconds of one."""
     timer = stepping.realnvp_on_schools(gradient=gradient)
     return lambda n_steps: float(timer.take(n_steps).mean())
 

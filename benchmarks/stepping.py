@@ -1,4 +1,4 @@
-"""Time single training steps, through public names alone.
+"""Time single training steps, through public names only.
 
 ``benchmarks.speed --old PATH`` also runs this file by its path, in a process for each of two
 checkouts of the package, so it imports nothing else of ``benchmarks``. That process compiles one
@@ -67,7 +67,7 @@ class StepTimer:
 
         with model:
             self._inference = pmf.NFVI(flow, random_seed=1, **family_options or {})
-        # without a search for a start, which is not part of a step, and without an early end
+        # no search for a start, which is not part of a step, and no early end
         self._inference.fit(
             1, initialize=False, patience=0, progressbar=False, callbacks=[tick], **fit_options
         )

@@ -1,6 +1,6 @@
-"""Whether the verdicts of ``pmf.diagnose`` hold: graded fits, counted by grade and verdict.
+"""Test of the verdicts of ``pmf.diagnose``: graded fits, counted by grade and verdict.
 
-The draws are those that ``benchmarks.references --keep FOLDER`` kept, of any number of methods. ::
+The draws are those that ``benchmarks.references --keep FOLDER`` kept, for any number of methods. ::
 
     python -m benchmarks.references --method flow --keep fits
     python -m benchmarks.verdicts fits --output benchmarks/results/verdicts.md

@@ -17,7 +17,8 @@ def array(data: dict[str, Any], key: str) -> np.ndarray:
 def linear_recurrence(drive, coef, length):
     """x[t] = coef * x[t-1] + drive[t] with x[-1] = 0, as one triangular product."""
     lag = np.arange(length)[:, None] - np.arange(length)[None, :]
-    # exponent zero is written out: its derivative at coef = 0 would be 0 * inf
+    # the power with exponent zero is written as 1, because its derivative at coef = 0 would be 0 *
+    # inf
     powers = pt.concatenate([np.ones(1), pt.power(coef, np.arange(1.0, length))])
     return pt.dot(pt.where(lag >= 0, powers[np.abs(lag)], 0.0), drive)
 
@@ -25,8 +26,8 @@ def linear_recurrence(drive, coef, length):
 def hmm_loglik(log_emission, log_transition):
     """Hidden Markov log likelihood by the forward recursion on the log scale.
 
-    ``log_emission`` is (n, K); the first state carries no initial-state prior
-    (weight one for each state), as in the source models.
+    ``log_emission`` is (n, K); the first state has no prior (weight one for each state), as in the
+    source models.
     """
 
     def step(emission, forward, transition):
