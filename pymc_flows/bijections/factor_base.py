@@ -36,6 +36,10 @@ class Factor(abc.ABC):
         :func:`pymc_flows.bijections.factors.as_factor` makes the factor of it again.
         """
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return :meth:`to_array`, so that NumPy can read a factor."""
+        return np.array(self.to_array(), dtype=dtype, copy=copy)
+
     @abc.abstractmethod
     def _with_array(self, array: np.ndarray) -> Factor:
         """A factor of the same kind from an array such as :meth:`to_array` returns."""

@@ -141,6 +141,10 @@ class LowRankFactor(Factor):
         for name, view in views.items():
             object.__setattr__(self, name, view)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the packed array, whose layout in memory decides how sums are rounded."""
+        return _unpacked, (self._packed,)
+
     @property
     def dim(self) -> int:
         """Number of rows and columns of F."""

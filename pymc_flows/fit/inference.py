@@ -19,7 +19,7 @@ from xarray import DataTree
 
 from pymc_flows.backend.compilation import prefers_jax
 from pymc_flows.bijections import Bijection
-from pymc_flows.families.registry import FAMILIES, MATRIX_FAMILIES, canonical, is_matrix_family
+from pymc_flows.families.registry import is_matrix_family
 from pymc_flows.fit.ladder import Ladder
 from pymc_flows.fit.options import OPTION_NAMES, FitOptions, takes_fit_options
 from pymc_flows.fit.restarts import fit_several
@@ -156,6 +156,8 @@ class NFVI(Inference):
         )
         approx = self.approx
         approx.backend, approx.include_transformed = asked.backend, asked.include_transformed
+        for member in approx.members:
+            member.include_transformed = asked.include_transformed
         approx.fit_stats = FitStats()
         with _few_threads(approx.model, asked):
             if asked.n_restarts == 1:
@@ -204,7 +206,7 @@ class NFVI(Inference):
 
     def _keep_losses(self, losses: np.ndarray) -> None:
         assert self._ladder is not None
-        if self._ladder.options.score:
+        if self._ladder.options.records_losses:
             self.hist = np.concatenate([self.hist, losses])
         self.approx.hist = self.hist
 
@@ -287,7 +289,7 @@ def _check_names(options: dict[str, Any], approx: FlowApproximation) -> None:
     for name in options:
         if name in OPTION_NAMES:
             continue
-        if any(name in _options_of(group) for group in approx.groups):
+        if any(name in member.option_names for member in approx.members):
             raise TypeError(
                 f"{name} is an option of the family: give it to NFVI(..., {name}=...), or to "
                 f"pm.fit as inf_kwargs={{{name!r}: ...}}"
@@ -296,10 +298,3 @@ def _check_names(options: dict[str, Any], approx: FlowApproximation) -> None:
             f"unknown argument {name} of fit{did_you_mean(name, OPTION_NAMES)}. "
             f"Arguments: {', '.join(OPTION_NAMES)}"
         )
-
-
-def _options_of(group: Any) -> list[str]:
-    if not isinstance(getattr(group, "flow", None), str):
-        return []
-    family = {**FAMILIES, **MATRIX_FAMILIES}.get(canonical(group.flow))
-    return list(family.options) if family else []

@@ -126,6 +126,9 @@ class Ladder:
 
     def refine(self, n: int, rate: float) -> None:
         """Train further with the current step, or with a new one if the number of rows changed."""
+        if isinstance(self.approx.fit_stats, FitStats):
+            # another fit of the same approximation has begun a new record
+            self.stats = self.recorder.stats = self.approx.fit_stats
         step = self.step
         if step is None or self._rows_changed():
             step = self._compile_step(self.options.n_draws)
@@ -213,7 +216,7 @@ class Ladder:
                     n,
                     callbacks=options.callbacks or (),
                     end_test=test if self.placed is not None else None,
-                    score=options.score is not False,
+                    score=options.records_losses,
                     earlier=self.losses,
                     progressbar=options.progressbar,
                     progressbar_theme=options.progressbar_theme,
@@ -292,6 +295,7 @@ class Ladder:
     def _compile_step(self, n_draws: int) -> Step:
         approx, options, density = self.approx, self.options, self.density
         self.step = self.fresh.step = None
+        self.recorder.forget("step")
         with approx.model, self.recorder.timed("compile"):
             split = density is not None and self.plan.splits(density, n_draws)
             self._local = local = self._local_draws(split, n_draws)

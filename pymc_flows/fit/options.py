@@ -130,6 +130,8 @@ class FitOptions:
     compile_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        # a copy, because an iterator can be read only once
+        object.__setattr__(self, "callbacks", tuple(self.callbacks or ()))
         if self.learning_rate is not None and self.obj_optimizer is not None:
             raise TypeError("learning_rate must not be given with obj_optimizer, which has its own")
         for name, least in (
@@ -141,6 +143,8 @@ class FitOptions:
             ("n_restarts", 1),
         ):
             value = getattr(self, name)
+            if value is None and name not in ("annealing", "obj_n_mc"):
+                raise TypeError(f"{name} must be a whole number of at least {least}, got None")
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("annealing", "kl_warmup"):
@@ -152,6 +156,11 @@ class FitOptions:
             )
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {self.gradient!r}")
+
+    @property
+    def records_losses(self) -> bool:
+        """Whether losses are recorded and passed to callbacks."""
+        return self.score is None or bool(self.score)
 
     @property
     def n_draws(self) -> int:
@@ -195,7 +204,8 @@ def takes_fit_options(method: Callable[..., Any]) -> Callable[..., Any]:
                 o.replace(kind=o.POSITIONAL_OR_KEYWORD if o.name in positional else o.KEYWORD_ONLY)
                 for o in options
             ),
-        ]
+        ],
+        return_annotation=inspect.signature(method).return_annotation,
     )
     described = inspect.cleandoc(FitOptions.__doc__ or "")
     described = described[described.index("Parameters\n") : described.index("\n\nRaises")]

@@ -40,9 +40,13 @@ class Recorder:
 
     def watch(self, name: str, counter: Any) -> None:
         """Count the ``evaluations`` of an object; it replaces an earlier one of the same name."""
-        if name in self.counters:
-            self._earlier += self.counters[name].evaluations
+        self.forget(name)
         self.counters[name] = counter
+
+    def forget(self, name: str) -> None:
+        """Keep the count of an object but not the object, whose compiled functions take memory."""
+        if name in self.counters:
+            self._earlier += self.counters.pop(name).evaluations
 
     def count(self) -> None:
         """Add the gradients evaluated since the last count."""

@@ -425,7 +425,9 @@ class FlowGroup(NoiseGroup):
     @property
     def state(self) -> VIState:
         """Mean and sd of each variable in the model's space, over the same draws as ``mean``."""
-        return model_space_state(self.model, self.ordering, self._moment_draws)
+        return model_space_state(
+            self.model, self.ordering, self._moment_draws, self.include_transformed
+        )
 
     # Files.
 

@@ -359,7 +359,8 @@ class MNFGroup(NoiseGroup):
         """Mean and sd of each variable in the model's own space, over 4096 fixed draws."""
         rng = np.random.default_rng(0)
         noise = pt.constant(floatX(rng.standard_normal((MOMENT_DRAWS, self.noise_dim))))
-        return model_space_state(self.model, self.ordering, self.draws_and_log_q(noise)[0])
+        x, _ = self.draws_and_log_q(noise)
+        return model_space_state(self.model, self.ordering, x, self.include_transformed)
 
     def record(self, label: str, arrays: Arrays) -> dict[str, Any]:
         """Describe the group as plain data; its arrays go into ``arrays``."""

@@ -42,7 +42,9 @@ def moment_noise(dim: int, noise_dim: int) -> np.ndarray:
     return noise.random(n_draws)
 
 
-def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) -> VIState:
+def model_space_state(
+    model: pm.Model, ordering: Ordering, x: TensorVariable, include_transformed: bool = False
+) -> VIState:
     """Mean and standard deviation of each variable of one group, constrained, over its draws.
 
     Parameters
@@ -53,6 +55,8 @@ def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) ->
         Ordering of the group.
     x : TensorVariable
         (draws, dim), unconstrained draws.
+    include_transformed : bool, default False
+        Add the unconstrained values of transformed variables.
 
     Returns
     -------
@@ -64,9 +68,13 @@ def model_space_state(model: pm.Model, ordering: Ordering, x: TensorVariable) ->
         for name, where, shape, dtype in ordering.values()
     }
     variables = [rv for rv in model.free_RVs if model.rvs_to_values[rv].name in values]
+    names = [rv.name for rv in variables]
     graphs = batch_graphs(model.replace_rvs_by_values(variables), model, values)
+    if include_transformed:
+        more = [name for name in values if name not in names]
+        names, graphs = [*names, *more], [*graphs, *(values[name] for name in more)]
     found = pytensor.function([], graphs, mode="FAST_COMPILE")()
-    by_name = {rv.name: np.asarray(v) for rv, v in zip(variables, found, strict=True)}
+    by_name = {name: np.asarray(v) for name, v in zip(names, found, strict=True)}
     return VIState(
         mean=labelled(model, {name: v.mean(axis=0) for name, v in by_name.items()}),
         std=labelled(model, {name: v.std(axis=0, ddof=1) for name, v in by_name.items()}),

@@ -11,6 +11,7 @@ from pymc.variational.opvi import Group, _known_scan_ignored_inputs, node_proper
 from pytensor.graph.replace import graph_replace
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_flows.families.registry import FAMILIES, MATRIX_FAMILIES, canonical
 from pymc_flows.groups.protocol import FitGroup
 from pymc_flows.messages import warn_user
 
@@ -21,8 +22,17 @@ class NoiseGroup(Group, FitGroup):
     PyMC assumes that noise and draws have the same number of columns; here they may differ.
     """
 
+    flow: Any
     shared_params: Any
     symbolic_initial: Any
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of the options of the group's family; none for a formula or a ready bijection."""
+        if not isinstance(self.flow, str):
+            return []
+        family = {**FAMILIES, **MATRIX_FAMILIES}.get(canonical(self.flow))
+        return list(family.options) if family else []
 
     def _new_initial_shape(
         self, size: Any, dim: Any, more_replacements: Any = None

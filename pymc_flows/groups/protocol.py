@@ -48,6 +48,8 @@ class FitGroup(abc.ABC):
         (draws, dim), unconstrained draws that the user gave as a start.
     noncentering : Bijection or None
         Last layer, which reads the model's priors.
+    include_transformed : bool
+        Whether ``state`` also has the unconstrained variables; a fit sets it.
     context : TensorVariable or None
         Data on which the group is conditioned, row by row.
     """
@@ -63,6 +65,7 @@ class FitGroup(abc.ABC):
     seeded: bool = True
     start_draws: np.ndarray | None = None
     noncentering: Any = None
+    include_transformed: bool = False
     context: TensorVariable | None = None
 
     @property
@@ -74,6 +77,11 @@ class FitGroup(abc.ABC):
     def may_grow(self) -> bool:
         """Whether a fit may add layers."""
         return False
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of the options of the group's family."""
+        return []
 
     @property
     def n_layers(self) -> int:
@@ -140,12 +148,11 @@ class FitGroup(abc.ABC):
     def initial_location(self) -> np.ndarray:
         """Point (dim,) at which the group starts."""
 
-    def place(self, loc: np.ndarray, factor: Any) -> None:
-        """Place a ``placeable`` group inside the map ``loc + factor z``; keep its weights."""
-        raise NotImplementedError(f"{self} can't be placed")
-
     def restart(self, loc: np.ndarray, factor: Any, layers: Any = None, base: Any = None) -> None:
-        """Do as :meth:`place`, with new weights; ``layers="affine"`` selects an affine map."""
+        """Place a ``placeable`` group inside the map ``loc + factor z``, with new weights.
+
+        ``layers="affine"`` selects an affine map in place of the flow's layers.
+        """
         raise NotImplementedError(f"{self} can't be placed")
 
     def put_components(self, gaussians: Sequence[tuple[np.ndarray, Any]]) -> None:

@@ -315,12 +315,12 @@ class FlowApproximation(Approximation):
     @property
     def mean_data(self) -> Dataset:
         """Mean of each variable on the unconstrained space, for flows by quasi-Monte Carlo."""
-        return self._labelled([g.mean for g in self.groups])
+        return self._labelled([member.mean for member in self.members])
 
     @property
     def std_data(self) -> Dataset:
         """Standard deviation of each variable on the unconstrained space; computed likewise."""
-        return self._labelled([g.std for g in self.groups])
+        return self._labelled([member.std for member in self.members])
 
     def _labelled(self, graphs: Sequence[TensorVariable]) -> Dataset:
         found = {}

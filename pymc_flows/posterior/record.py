@@ -11,7 +11,8 @@ from typing import Any
 class FitStats(Mapping[str, Any]):
     """The cost and the result of a fit: a mapping whose keys are also attributes.
 
-    A key whose value is None is not in the mapping.
+    A key without a value is not in the mapping. The mapping can only be read;
+    ``dict(fit_stats)`` is a copy to work with.
 
     Attributes
     ----------
@@ -45,12 +46,14 @@ class FitStats(Mapping[str, Any]):
         State that was kept: ``"last"``, ``"best window"`` or ``"first"``.
     stages : list of dict, optional
         For each stage of training its ``first_step``, ``steps``, ``draws`` per step, steps of
-        ``annealing``, and the reason why it ``stopped``.
+        ``annealing``, and the reason why it ``stopped``. After restarts, those of the one that was
+        kept.
     restarts : list of dict, optional
         For each restart its ``elbo``, the largest ``shift`` of a mean from the fit that was kept,
         in standard deviations, and the ``sd_ratio`` furthest from 1.
     restarts_agree : bool, optional
-        Whether restarts agree, by :func:`pymc_flows.statistics.criteria.restarts_agree`.
+        Whether restarts agree, by :func:`pymc_flows.statistics.criteria.restarts_agree`; None
+        if only one of several succeeded.
 
     Examples
     --------
@@ -81,13 +84,18 @@ class FitStats(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         """Value of a key."""
-        if key not in KEYS or (value := getattr(self, key)) is None:
+        if key not in KEYS or not self._has(key):
             raise KeyError(key)
-        return value
+        return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
         """Keys that have a value."""
-        return (key for key in KEYS if getattr(self, key) is not None)
+        return filter(self._has, KEYS)
+
+    def _has(self, key: str) -> bool:
+        # with a single successful restart, there is nothing to agree with
+        of_restarts = key == "restarts_agree" and self.restarts is not None
+        return of_restarts or getattr(self, key) is not None
 
     def __len__(self) -> int:
         """Count the keys that have a value."""
@@ -95,7 +103,7 @@ class FitStats(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a file."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if self._has(key)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> FitStats:

@@ -1,5 +1,7 @@
 """Factors of covariances: every kind has the algebra of the matrix that it stands for."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -152,3 +154,12 @@ def test_a_triangular_root_gives_back_its_covariance():
     found = triangular_root(root @ root.T)
     assert_array_equal(found.matrix, np.tril(found.matrix))
     assert_allclose(found.matrix @ found.matrix.T, root @ root.T, atol=1e-12)
+
+
+def test_numpy_reads_a_factor_and_copies_keep_its_layout():
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
+    factor = LowRankFactor(np.arange(1.0, 9.0), vectors, 3 * vectors)
+    assert_array_equal(np.asarray(factor), factor.to_array())
+    for again in (copy.deepcopy(factor), pickle.loads(pickle.dumps(factor))):
+        assert_array_equal(again.to_array(), factor.to_array())
+        assert again.left.strides == factor.left.strides

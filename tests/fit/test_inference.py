@@ -515,3 +515,19 @@ def test_centred_eight_schools_are_fitted_as_well(centred_schools):
     elbo, error = gaps.mean(), gaps.std() / gaps.size**0.5
     assert -31.31 - 0.1 < elbo < -31.31 + 3 * error
     assert_allclose(draws.posterior["tau"].mean(), 3.6, atol=0.6)
+
+
+def test_refine_of_an_earlier_inference_counts_in_the_present_record(normal, python):
+    with normal:
+        approx = NormalizingFlow("scale-loc", random_seed=1)
+        earlier = NFVI(approx, random_seed=1)
+        earlier.fit(3, obj_n_mc=64, initialize=False, progressbar=False)
+        NFVI(approx).fit(4, obj_n_mc=64, initialize=False, progressbar=False)
+        earlier.refine(2, progressbar=False)
+    assert approx.fit_stats["steps"] == 6
+
+
+def test_a_groups_state_has_the_transformed_variables_too(normal, python):
+    approx = tiny(normal, 0, include_transformed=True)
+    assert set(approx.groups[0].state.mean) == {"a", "b", "b_log__"}
+    assert set(tiny(normal, 0).groups[0].state.mean) == {"a", "b"}

@@ -64,3 +64,20 @@ def test_a_method_shows_the_options_as_its_own():
 
 def test_the_fit_of_nfvi_takes_all_options():
     assert set(OPTION_NAMES) <= set(inspect.signature(NFVI.fit).parameters)
+
+
+@pytest.mark.parametrize("name", ["kl_warmup", "patience", "n_restarts", "n"])
+def test_none_is_refused_where_it_has_no_meaning(name):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number of at least .*, got None"):
+        FitOptions(**{name: None})
+
+
+def test_callbacks_of_an_iterator_are_kept():
+    assert FitOptions(callbacks=iter([print])).callbacks == (print,)
+
+
+@pytest.mark.parametrize(
+    ("score", "records"), [(None, True), (True, True), (False, False), (0, False)]
+)
+def test_score_says_whether_losses_are_recorded(score, records):
+    assert FitOptions(score=score).records_losses is records

@@ -76,3 +76,12 @@ def test_more_than_a_hundredth_lost_is_reported(values, message):
 
 def test_a_hundredth_lost_is_not_reported():
     Recorder(FitStats()).add(run(nonfinite_steps=1, invalid_draws=64), n_draws=64)
+
+
+def test_a_forgotten_counter_leaves_its_count():
+    recorder = Recorder(FitStats())
+    recorder.watch("step", SimpleNamespace(evaluations=30))
+    recorder.forget("step")
+    assert not recorder.counters
+    recorder.count()
+    assert recorder.stats.gradient_evaluations == 30

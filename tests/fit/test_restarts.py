@@ -2,11 +2,12 @@
 
 import numpy as np
 import pymc as pm
+import pytensor
 import pytest
 from fit.models import SMALL, independent, two_modes
 from numpy.testing import assert_allclose
 
-from pymc_flows import NFVI
+from pymc_flows import NFVI, NormalizingFlow
 
 pytestmark = pytest.mark.fit
 
@@ -133,3 +134,22 @@ def test_evaluations_of_restarts_are_counted_once(python):
     more = approx.fit_stats["gradient_evaluations"] - before
     # draws of the steps, of the choice among states, and of decisions by 2048 or 8192
     assert more <= 640 + 4 * 1024 + 2048 + 8192
+
+
+def test_restarts_begin_anew_if_the_user_gave_the_weights(python):
+    first = NormalizingFlow("scale-loc", model=independent(2)).params[0].get_value()
+    weights = pytensor.shared(first + 0.5)
+    starts = []
+
+    def record(approx, losses, i):
+        if i == 1:
+            starts.append(losses[0])
+
+    fit = {"initialize": False, "obj_n_mc": 64, "patience": 0, "annealing": 0}
+    with independent(2):
+        approx = NormalizingFlow("scale-loc", params={"weights": weights}, random_seed=1)
+        NFVI(approx, random_seed=1).fit(
+            200, n_restarts=2, learning_rate=0.1, callbacks=[record], progressbar=False, **fit
+        )
+    # the second fit begins as far off as the first, and not at what the first reached
+    assert abs(starts[1] - starts[0]) < 0.3 * abs(starts[0])

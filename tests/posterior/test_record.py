@@ -61,3 +61,11 @@ def test_records_do_not_share_their_seconds():
     one, other = FitStats(), FitStats()
     one.seconds["start"] = 5.0
     assert other.seconds["start"] == 0.0
+
+
+def test_one_restart_of_several_has_nothing_to_agree_with():
+    stats = FitStats(restarts=[{"elbo": 0.0, "shift": 0.0, "sd_ratio": 1.0}])
+    assert stats["restarts_agree"] is None
+    assert "restarts_agree" in dict(stats)
+    assert "restarts_agree" in FitStats.from_dict(stats.to_dict())
+    assert "restarts_agree" not in FitStats()
