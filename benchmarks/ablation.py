@@ -37,6 +37,7 @@ from pymc_flows.bijections import LowerTriangular
 from pymc_flows.bijections.factors import as_factor
 from pymc_flows.fit import ladder, placement
 
+# Posteriors of `benchmarks.references` that are fitted.
 POSTERIORS = (
     "eight_schools-eight_schools_noncentered",
     "eight_schools-eight_schools_centered",
@@ -96,6 +97,7 @@ class Without:
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
+# Name of each part, to the fit without it.
 PARTS = {
     NOTHING: Without(),
     "the start": Without({"initialize": False}),

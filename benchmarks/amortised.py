@@ -25,17 +25,23 @@ from sklearn.datasets import load_digits
 import pymc_flows as pmf
 from benchmarks.machine import describe
 
-# Latent variables of the top and of the bottom layer, and hidden units of the decoder.
+# Latent variables of the top layer.
 TOP = 2
+# Latent variables of the bottom layer.
 BOTTOM = 6
+# Hidden units of the decoder.
 HIDDEN = 32
-# Images of a minibatch, and held out.
+# Images per minibatch.
 BATCH = 100
+# Images that are held out for the test.
 N_TEST = 397
 # Draws of the latent variables of each test image.
 DRAWS = 200
+# Fit options.
 FIT = {"n": 3000, "obj_n_mc": 4, "learning_rate": 3e-3, "patience": 0}
+# Label of mean field.
 MEAN_FIELD = "mean field"
+# Label of each posterior, to its family and the family's options.
 FLOWS = {
     MEAN_FIELD: ("scale", {}),
     **{f"planar, {k} layers": ("planar", {"n_layers": k}) for k in (4, 16)},

@@ -36,13 +36,15 @@ from benchmarks.networks import (
     table,
 )
 
-# Filters, and pixels along a side of each.
+# Number of filters.
 FILTERS = 16
+# Pixels along a side of a filter.
 SIZE = 3
 # Share of units that dropout removes.
 DROPPED = 0.3
-# Fit options, and draws behind each prediction.
+# Fit options.
 OPTIONS = DIGITS | {"n": 16_000}
+# Draws over which a prediction is averaged.
 DRAWS = 2000
 # Label of NUTS in the table.
 NUTS = "NUTS, a chain"

@@ -28,6 +28,7 @@ from benchmarks.machine import describe
 from benchmarks.posteriors import models
 from pymc_flows.statistics import distances
 
+# Posteriors of `benchmarks.references` that are fitted.
 POSTERIORS = (
     "eight_schools-eight_schools_centered",
     "kilpisjarvi_mod-kilpisjarvi",
@@ -39,14 +40,15 @@ MEASURES = {"sliced_wasserstein": 3, "mmd": 4, "classifier": 3}
 # Permutations per p-value; the p-value must be able to be small after it is multiplied by the
 # number of tests.
 N_PERMUTATIONS = 2000
-# Draws of the fit, of its resampling, and the most that a test takes of a chain.
+# Draws of the fit and of its resampling, and largest number of draws that a test uses.
 DRAWS = 4000
 # Draws of independence Metropolis-Hastings, which take no gradients.
 IMH_DRAWS = 50_000
-# Draws of each chain of NUTS, and its chains.
+# Draws of each chain of NUTS.
 NUTS_DRAWS = 1000
+# Chains of NUTS.
 NUTS_CHAINS = 4
-# Fewest draws that a test takes of a chain with at least as many effective draws.
+# Fewest draws of a chain that a test uses, if the chain has that many effective draws.
 FEWEST_DRAWS = 50
 # Ways that return chains, whose draws are correlated.
 CHAINS = ("sample_imh", "sample_neutra", "NUTS")

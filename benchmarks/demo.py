@@ -22,7 +22,9 @@ from rich.table import Table
 
 import pymc_flows as pmf
 
+# This folder, where the data are.
 HERE = Path(__file__).parent
+# Seed of all fits and draws.
 SEED = 20261123
 # Parameters in the figure.
 SHOWN = ["county_effect_mean", "county_effect_scale", "weight", "log_radon_scale"]

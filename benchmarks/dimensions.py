@@ -73,8 +73,9 @@ def volatility() -> pm.Model:
     return model
 
 
-# Draws behind each ELBO and k-hat.
+# Draws from which each ELBO and k-hat is estimated.
 DRAWS = 4000
+# Functions that build the models.
 MODELS = (item_response, groups, volatility)
 # Settings of the search for each kind of start.
 KINDS = {

@@ -34,7 +34,7 @@ from pymc_flows import FlowApproximation
 
 # Log evidence of each energy, in nats; tests/fit/test_energies.py checks it by quadrature.
 LOG_EVIDENCE = {"U1": 1.8775, "U2": 2.0821, "U3": 2.6417, "U4": 2.7107}
-# Draws behind each divergence.
+# Draws from which each divergence is estimated.
 DRAWS = 20_000
 
 # No search for a start, because the flow itself must transform the unit Gaussian. No early end,
@@ -46,6 +46,7 @@ PLAIN = {
 # branch of U4 (0.2 nats). The other flows of this table were no better with it, and some were
 # worse.
 ANNEALED = {**PLAIN, "annealing": 2500}
+# Label of each flow of the first table, to its method, its options and the fit's options.
 FLOWS = {
     "planar, K = 2": ("planar", {"n_layers": 2}, PLAIN),
     "planar, K = 8": ("planar", {"n_layers": 8}, PLAIN),
@@ -53,7 +54,7 @@ FLOWS = {
     "NICE": ("nice", {}, PLAIN),
     "RealNVP": ("realnvp", {}, ANNEALED),
 }
-# All other families, and mean-field ADVI.
+# The same for all other families, and for mean-field ADVI.
 CATALOGUE = {
     "mean-field ADVI": ("advi", {}, {"n": 20_000}),
     "householder": ("householder", {}, PLAIN),
@@ -67,19 +68,22 @@ CATALOGUE = {
     "residual": ("residual", {}, PLAIN),
     "cnf": ("cnf", {}, PLAIN),
 }
-# Less than half of the plain rate, because splines become unstable at higher ones. Four restarts,
-# because annealing, which every second restart uses, repairs U4 and harms U2. With the best of
-# two, couplings had 0.093 nats on U4 for one seed in three; with the best of four, at most 0.022.
-# Autoregressive splines with twice the steps went from 0.075 to 0.018 on U4, but the best of two
-# had 0.064 on U3 for one seed. Twice the default bins, because the knots have to move on U4. Half
-# the draws per step cost a third less, but the best of four then had 0.040 and 0.048 on U4.
+# Fit options of splines. The learning rate is lower than the plain one, because splines become
+# unstable at higher rates. There are four restarts, because annealing, which every second restart
+# uses, improves U4 and worsens U2. With the best of two restarts, couplings had 0.093 nats on U4
+# for one seed in three; with the best of four, at most 0.022. Autoregressive splines with twice the
+# steps went from 0.075 to 0.018 on U4, but the best of two had 0.064 on U3 for one seed. There are
+# twice the default bins, because the knots must move on U4. Half the draws per step cost a third
+# less, but the best of four restarts then had 0.040 and 0.048 on U4.
 SPLINED = {**PLAIN, "learning_rate": 2e-3}
+# The same for splines.
 SPLINES = {
     "nsf": ("nsf", {"n_bins": 16}, {**SPLINED, "n_restarts": 4}),
     "nsf_autoregressive": (
         "nsf_autoregressive", {"n_bins": 16}, {**SPLINED, "n": 10_000, "n_restarts": 4}
     ),
 }  # fmt: skip
+# Tables by name.
 SETS = {
     "figure 3": FLOWS,
     "catalogue": CATALOGUE,

@@ -22,12 +22,15 @@ import pymc_flows as pmf
 from benchmarks.machine import describe
 from benchmarks.stepping import StepTimer
 
+# Root of the repository.
 ROOT = Path(__file__).resolve().parents[1]
+# Dimensions of the Gaussians.
 DIMS = (10, 100)
-# Draws of a step.
+# Draws per step.
 DRAWS = 128
-# Steps that are timed, and those before them that warm up.
+# Steps that are timed.
 STEPS = 44
+# Steps before them that warm up.
 WARM_UP = 5
 # Correlation of neighbouring dimensions.
 CORRELATION = 0.9

@@ -51,9 +51,11 @@ Method = Callable[[pm.Model, int], Any]
 
 # Draws that are taken from an approximation.
 DRAWS = 4000
-# NUTS's draws and tuning steps of each chain, and its chains.
+# Draws of each chain of NUTS.
 NUTS_DRAWS = 1000
+# Tuning steps of each chain of NUTS.
 NUTS_TUNE = 1000
+# Chains of NUTS.
 NUTS_CHAINS = 4
 
 

@@ -21,8 +21,9 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 # Classes in the training data; the other digits are unknown.
 KNOWN = range(8)
-# Images to train on, and of a minibatch.
+# Images in the training data.
 TRAINED = 1000
+# Images per minibatch.
 BATCH = 100
 # Fit options for digits.
 DIGITS = {"n": 8000, "obj_n_mc": 2, "patience": 0, "learning_rate": 3e-3, "kl_warmup": 1000}

@@ -43,9 +43,9 @@ from benchmarks.networks import (
 
 # Standard deviation of the toy's noise.
 NOISE = 3.0
-# Hidden units of the toy's networks: few, so that one flow can fit all weights, and those of the
-# paper.
+# Hidden units of the toy's small network, whose weights one flow can fit together.
 UNITS = 20
+# Hidden units of the toy's wide network, as in the paper.
 WIDE = 100
 # Inputs at which predictions are compared.
 GRID = np.linspace(-6, 6, 61)

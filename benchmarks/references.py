@@ -35,6 +35,7 @@ from benchmarks.methods import Failure, MethodError, Row, measure, resolve
 from benchmarks.posteriors import models
 from pymc_flows.statistics.criteria import GRADES, WORST_GRADE
 
+# Columns of the table.
 HEAD = (
     "posterior",
     "seed",

@@ -26,9 +26,13 @@ import xarray as xr
 
 import pymc_flows as pmf
 
+# Draws of each fit that are compared.
 DRAWS = 200
+# Effects of the eight schools (Rubin 1981).
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+# Standard errors of these effects.
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+# Name of each case, to the function that fits it.
 CASES: dict[str, Callable[[], Any]] = {}
 
 

@@ -21,12 +21,15 @@ import pymc as pm
 
 import pymc_flows as pmf
 
-# Eight schools (Rubin 1981): effects and their standard errors.
+# Effects of the eight schools (Rubin 1981).
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+# Standard errors of these effects.
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-# Draws of a step, couplings, and hidden units of each coupling, for RealNVP on eight schools.
+# Draws per step of RealNVP on eight schools.
 DRAWS = 128
+# Couplings of that RealNVP.
 LAYERS = 8
+# Hidden units of each coupling, by layer.
 HIDDEN = (32, 32)
 
 
@@ -136,6 +139,7 @@ def mnf_on_network() -> StepTimer:
     return StepTimer(network(), "mnf", obj_n_mc=4, backend="jax")
 
 
+# Label of each case, to the function that makes its timer.
 CASES: dict[str, Callable[[], StepTimer]] = {
     "RealNVP, eight schools": realnvp_on_schools,
     "default flow, radon": default_on_radon,

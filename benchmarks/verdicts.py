@@ -22,9 +22,11 @@ from pymc_flows.assess.diagnostics import diagnose_draws
 from pymc_flows.posterior.correction import resampled
 from pymc_flows.statistics.criteria import GRADES, WORST_GRADE
 
+# Verdicts from best to worst, the columns of the tables.
 VERDICTS = ("reliable", "reliable after correction", "unreliable")
-# Draws of a corrected fit, and the seed of their resampling.
+# Draws of a corrected fit.
 CORRECTED_DRAWS = 4000
+# Seed of their resampling.
 CORRECTION_SEED = 1
 
 

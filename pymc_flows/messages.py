@@ -17,7 +17,7 @@ def warn_user(message: str) -> None:
     Parameters
     ----------
     message : str
-        What happened, and what to do about it.
+        The problem, and a remedy.
 
     Examples
     --------

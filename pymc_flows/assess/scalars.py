@@ -13,6 +13,7 @@ import xarray as xr
 
 from pymc_flows.messages import did_you_mean, warn_user
 
+# Dimensions of draws in a result.
 SAMPLE_DIMS = ("chain", "draw")
 
 # Fewest draws of a result: `compare` estimates its noise floor from four quarters of the draws.

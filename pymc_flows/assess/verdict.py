@@ -17,8 +17,11 @@ from xarray import DataTree
 
 from pymc_flows.statistics.criteria import THRESHOLDS
 
+# verdict on a fit without findings
 RELIABLE = "reliable"
+# verdict on a fit with findings of CORRECTIONS only
 CORRECTABLE = "reliable after correction"
+# verdict on a fit with findings of FAULTS
 UNRELIABLE = "unreliable"
 
 

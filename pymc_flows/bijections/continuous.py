@@ -224,8 +224,8 @@ class Continuous(Bijection):
                     moved = [s + change for s, change in zip(state, changes, strict=True)]
                 z, _, *score = moved
                 slopes.append(self._rates(time + position * signed, weights, z, *score))
-            # The error is that of z and the log-determinant alone, so that the draws are the same
-            # with and without a score.
+            # Only z and the log-determinant determine the error, so that draws are the same with
+            # and without a score.
             error: Any = 0
             errors = list(_weighted_sums(signed, DORMAND_PRINCE_ERROR_WEIGHTS, slopes))
             for s, m, difference in list(zip(state, moved, errors, strict=True))[:2]:

@@ -66,8 +66,8 @@ def mnf(
         Multipliers of weights are initialised as standard normal and have no such rate.
     sigma : float, default 0.1
         Initial standard deviation of a weight given its multiplier, in units of
-        ``(2 / (rows + columns))^½`` (Glorot & Bengio 2010). With multipliers of weights, rows and
-        columns are those of the one column of all weights.
+        ``(2 / (rows + columns))^½`` (Glorot & Bengio 2010). With multipliers of weights, the matrix
+        is the one column of all weights.
     n_statistics : int, default 16
         Number of statistics of W that r(z|W) depends on. The paper has one. With more, r follows W
         more closely.

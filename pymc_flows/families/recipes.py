@@ -195,8 +195,8 @@ def flow(
 
     ``method="flow"`` trains this recipe if an affine map alone does not fit the posterior. A
     coupling needs two dimensions; in one dimension the recipe uses the splines of :func:`nsf`
-    instead. The conditioners compute in single precision. The density of a draw stays exact,
-    because it is that of the map with these rounded outputs.
+    instead. The conditioners compute in single precision. The density of a draw stays exact: it is
+    computed for the map with these rounded outputs.
 
     Parameters
     ----------

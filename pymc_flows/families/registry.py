@@ -83,6 +83,7 @@ class Family:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+# Families of flows by name; their order is that of the table of `families`.
 FAMILIES: dict[str, Family] = {
     "flow": Family(
         flow,

@@ -36,7 +36,7 @@ class FreshDraws:
         The current step, which can also weigh draws.
     records_ess : bool
         Whether :meth:`decide` records the effective sample size. It is false with local
-        reparameterization, because a log weight is then not that of one draw of the matrices.
+        reparameterization, because a log weight then does not belong to one draw of the matrices.
     """
 
     def __init__(self, approx: FlowApproximation, recorder: Recorder) -> None:

@@ -50,7 +50,7 @@ class NFVI(Inference):
         approximation to train further. ``"mnf"`` fits the matrices, and mean field the other
         variables.
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     random_seed : int, optional
         The same seed gives the same fit, on one backend and machine.
     start : dict, DataTree or Approximation, optional

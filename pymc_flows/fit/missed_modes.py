@@ -68,7 +68,7 @@ def warn_of_missed_modes(
     if missed:
         warn_user(
             f"the fit misses {missed} of the {len(modes)} modes that the search for a "
-            f"start found; each of these has more than 2% of the mass that it covers. {advice}"
+            f"start found; each has more than 2% of the mass that the fit covers. {advice}"
         )
 
 

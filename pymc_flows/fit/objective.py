@@ -187,7 +187,7 @@ def build_objective(
     local : LocalDraws, optional
         Products to sample for each row of the data instead of the weights: the local
         reparametrization (Kingma et al. 2015, arXiv:1506.02557). The expected loss is the negative
-        ELBO, and its variance is lower. The log weights are then not those of one draw of the
+        ELBO, and its variance is lower. A log weight then does not belong to one draw of the
         weights. It excludes ``split``.
 
     Raises

@@ -70,8 +70,8 @@ class Step:
     n_draws : int
         Draws a step.
     evaluations : int
-        Gradients of the model's density that the step itself evaluated; those of ``densities`` are
-        counted there.
+        Gradients of the model's density that the step itself evaluated, without those of
+        ``densities``.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class FlowGroup(NoiseGroup):
     random_seed : int, optional
         Seed of the initial weights.
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     options : dict, optional
         The family's options. They can also be given as keywords.
     start : dict, DataTree or Approximation, optional

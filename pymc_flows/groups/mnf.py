@@ -76,7 +76,7 @@ class MNFGroup(NoiseGroup):
     random_seed : int, optional
         Seed of the initial weights.
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     options : dict, optional
         The options of :func:`pymc_flows.families.matrices.mnf`. They can also be given as keywords.
     start : dict, optional
@@ -202,12 +202,12 @@ class MNFGroup(NoiseGroup):
         return {"mnf_weights": pytensor.shared(flat, "mnf_weights", shape=flat.shape)}
 
     def reseed(self, random_seed: int) -> None:
-        """Draw the initial weights anew; the shared vector stays the same object."""
+        """Draw new initial weights; the shared vector stays the same object."""
         self.reset_rng(random_seed)
         self.forget()
 
     def reset_rng(self, random_seed: int) -> None:
-        """Seed later draws of initial weights; the present ones stay."""
+        """Seed later draws of initial weights; the current weights stay."""
         self.rng = np.random.RandomState(random_seed)
 
     def forget(self) -> None:
@@ -403,7 +403,7 @@ def by_layers(
     Parameters
     ----------
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     random_seed : int, optional
         Seed of the initial weights.
     start : dict, optional

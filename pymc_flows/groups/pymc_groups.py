@@ -151,6 +151,7 @@ class FullRank(PyMCGroup):
         return normal_log_density(z) - pt.log(pt.diag(group.L)).sum()
 
 
+# PyMC's classes of groups, to their adapters
 ADAPTERS: dict[type[Group], type[PyMCGroup]] = {MeanFieldGroup: MeanField, FullRankGroup: FullRank}
 
 

@@ -21,7 +21,7 @@ from pytensor.tensor.variable import TensorVariable
 
 
 def has_minibatch(model: Model) -> bool:
-    """Return whether any term of the log density is that of a minibatch, whether scaled or not.
+    """Return whether any term of the log density depends on a minibatch, scaled up or not.
 
     Examples
     --------
@@ -39,7 +39,7 @@ def has_minibatch(model: Model) -> bool:
 
 
 def is_of_minibatch(rv: TensorVariable, model: Model) -> bool:
-    """Return whether a variable's log density is that of a minibatch, scaled up or not.
+    """Return whether a variable's log density depends on a minibatch, scaled up or not.
 
     Parameters
     ----------

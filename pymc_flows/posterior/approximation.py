@@ -35,7 +35,7 @@ class FlowApproximation(Approximation):
     groups : list of Group
         Flows and PyMC's own Gaussian groups. Together they must contain all free variables.
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     random_seed : int, optional
         Seed of the noise of fits and draws.
 
@@ -49,7 +49,7 @@ class FlowApproximation(Approximation):
         Record of the fit, empty before it. :class:`pymc_flows.posterior.record.FitStats` lists its
         keys.
     backend : str or None
-        Backend that draws and densities are compiled for.
+        Backend for which draws and densities are compiled.
     include_transformed : bool
         Whether ``state`` also has the unconstrained variables.
 
@@ -241,7 +241,7 @@ class FlowApproximation(Approximation):
         return_inferencedata : bool, default True
             Return a DataTree; a MultiTrace otherwise.
         include_transformed : bool, default False
-            Keep the unconstrained variables beside the model's own.
+            Also keep the unconstrained variables.
         **kwargs
             Passed to ``pm.to_inference_data``, such as ``coords``, ``dims`` and ``log_prior``.
 
@@ -358,7 +358,7 @@ class NormalizingFlow(FlowApproximation):
         A family of :func:`pymc_flows.families`, a formula, a ready bijection, or a group with all
         free variables.
     model : Model, optional
-        Taken from the context otherwise.
+        By default the model of the context.
     random_seed : int, optional
         Seed of the initial weights and the noise.
     start : dict, DataTree or Approximation, optional

@@ -19,6 +19,7 @@ from pymc_flows.model.space import (
 )
 from pymc_flows.posterior.sampling import CHUNK_DRAWS
 
+# values of the argument ``space``
 SPACES = ("constrained", "unconstrained")
 
 

@@ -107,7 +107,7 @@ class FitStats(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> FitStats:
-        """Make a record from that of a file; keys of other versions are ignored."""
+        """Make a record from a file's record; keys of other versions are ignored."""
         return cls(**{key: value for key, value in saved.items() if key in KEYS})
 
 

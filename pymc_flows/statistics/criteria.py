@@ -47,8 +47,9 @@ GRADES: dict[str, Grade] = {
     "accurate": Grade(mean=0.1, sd_low=0.9, sd_high=1.1, w1=0.12),
     "usable": Grade(mean=0.3, sd_low=0.75, sd_high=1.33, w1=0.3),
 }
-"""Grades from best to worst; a method that none of them admits is graded ``WORST_GRADE``."""
+"""Grades from best to worst. If none of them admits a method, its grade is ``WORST_GRADE``."""
 
+# grade of a method that no grade of GRADES admits
 WORST_GRADE = "off"
 
 
@@ -161,6 +162,7 @@ class Thresholds:
     effective_draws_per_chain: int = 100
 
 
+# the thresholds that all parts of the package read
 THRESHOLDS = Thresholds()
 
 

@@ -144,12 +144,12 @@ class WeightedChange:
 
     @property
     def clear_mean_shift(self) -> float:
-        """The largest shift of a mean beyond its standard error."""
+        """The largest shift of a mean minus its standard error."""
         return float((self.mean_shift - self.mean_shift_se).max())
 
     @property
     def clear_variance_change(self) -> float:
-        """The largest relative change of a variance beyond its standard error."""
+        """The largest relative change of a variance minus its standard error."""
         return float((self.variance_change - self.variance_change_se).max())
 
 

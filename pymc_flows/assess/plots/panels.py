@@ -61,7 +61,7 @@ def check_positive(argument: str, count: int | None) -> None:
 
 
 def choose_parameters(scalars: Scalars, reference: str | None, count: int) -> list[str]:
-    """Labels of the first parameters that vary; with a reference, those of the largest w1 first."""
+    """Labels of the first parameters that vary, sorted by w1 if there is a reference."""
     order = None if reference is None else _by_distance(scalars)
     chosen = scalars.varying(order)[:count]
     if not chosen:

@@ -44,7 +44,8 @@ VARIANCE_BOUNDS = (1e-12, 1e12)
 NEWTON_STEPS = 12
 # length of the differences of the score, in standard deviations of the current Gaussian
 DIFFERENCE_SIZE = 1e-3
-# smallest curvature in units of the current Gaussian, so that a step widens it at most 100-fold
+# smallest curvature in units of the current Gaussian, so that a standard deviation grows at most
+# 100-fold
 MIN_CURVATURE = 1e-4
 # step lengths that are evaluated together, as multiples of the Newton step
 NEWTON_LENGTHS = np.array([0.0, 1.0, 0.5, 0.1, 0.01, 1e-3])

@@ -32,9 +32,9 @@ DIAGONAL_STEPS = 10
 
 # share of valid draws below which a Gaussian is too wide for a step
 MIN_VALID_TO_STEP = 0.5
-# share of valid draws below which the ELBO counts as -inf: it leaves out the invalid draws
+# share of valid draws below which the ELBO counts as -inf: without the others it is no bound
 MIN_VALID_TO_JUDGE = 0.995
-# steps in a row without improvement after which too wide a Gaussian is no longer narrowed
+# steps in a row without improvement after which the ascent ends if a Gaussian is too wide
 MAX_NARROWINGS = 4
 # standard errors by which the ELBO must exceed the best one to count as an improvement
 IMPROVEMENT_ERRORS = 0.1

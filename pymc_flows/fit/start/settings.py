@@ -40,4 +40,5 @@ class StartSettings:
     low_rank_rounds: int = 40
 
 
+# settings of all fits
 DEFAULT_SETTINGS = StartSettings()
