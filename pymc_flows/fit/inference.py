@@ -40,7 +40,7 @@ IGNORED_OPTIONS = ("tf_n_mc", "test_optimizer", "more_tf_params")
 class NFVI(Inference):
     """Variational inference with normalizing flows (Rezende & Mohamed 2015, arXiv:1505.05770).
 
-    Maximises the evidence lower bound by stochastic gradients of reparametrized draws.
+    Maximises the evidence lower bound (eq. 15) by stochastic gradients of reparametrized draws.
 
     Parameters
     ----------

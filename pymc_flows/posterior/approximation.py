@@ -39,6 +39,11 @@ class FlowApproximation(Approximation):
     random_seed : int, optional
         Seed of the noise of fits and draws.
 
+    Raises
+    ------
+    GroupError
+        If a group has no density, or groups overlap or miss free variables.
+
     Attributes
     ----------
     members : list of FitGroup
@@ -46,8 +51,7 @@ class FlowApproximation(Approximation):
     hist : ndarray
         Loss of each step of the fit, in nats.
     fit_stats : Mapping
-        Record of the fit, empty before it. :class:`pymc_flows.posterior.record.FitStats` lists its
-        keys.
+        Record of the fit; :class:`pymc_flows.posterior.record.FitStats` lists its keys.
     backend : str or None
         Backend for which draws and densities are compiled.
     include_transformed : bool
@@ -111,8 +115,7 @@ class FlowApproximation(Approximation):
     def draws_and_score(self, n_draws: int) -> tuple[Any, Any, Any, Any, Any]:
         """Build the same as :meth:`draws_and_log_q`, and the score of the draws (draws, dim).
 
-        The score is 0 for groups without one. A fifth value is the sum of the ``log_q`` of these
-        groups, or None if all groups have scores.
+        Groups without a score get 0. A fifth value is the sum of their ``log_q``, None without any.
         """
         noise = self._symbolic_noise(n_draws)
         drawn = [m.draws_and_score(z) for m, z in zip(self.members, noise, strict=True)]
@@ -335,9 +338,8 @@ class FlowApproximation(Approximation):
     def state(self) -> VIState:
         """Mean and standard deviation of each variable in the model's own space.
 
-        They are computed from 8192 draws with a fixed seed, so their Monte Carlo error is about 1%
-        of the standard deviation. After ``fit(..., include_transformed=True)`` they include the
-        unconstrained variables.
+        They come from 8192 draws with a fixed seed, with a Monte Carlo error of about 1% of the sd.
+        ``fit(..., include_transformed=True)`` adds the unconstrained variables.
         """
         values = self._draw(STATE_DRAWS, 0, self.model).values
         names = [rv.name for rv in self.model.free_RVs]
@@ -355,8 +357,7 @@ class NormalizingFlow(FlowApproximation):
     Parameters
     ----------
     flow : str, Bijection or FlowGroup, default "flow"
-        A family of :func:`pymc_flows.families`, a formula, a ready bijection, or a group with all
-        free variables.
+        A family of :func:`pymc_flows.families`, a formula, a bijection, or one group.
     model : Model, optional
         By default the model of the context.
     random_seed : int, optional
@@ -367,6 +368,11 @@ class NormalizingFlow(FlowApproximation):
         ``{"weights": vector}``, the weights to use instead of new trainable ones.
     **options
         Options of the family.
+
+    Raises
+    ------
+    UnknownFlowError, ValueError, GroupError
+        As in :class:`FlowGroup` and :class:`FlowApproximation`.
 
     Examples
     --------

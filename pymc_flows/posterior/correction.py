@@ -34,7 +34,7 @@ def importance_resample(
 ) -> DataTree:
     """Resample draws in proportion to Pareto-smoothed importance weights.
 
-    Vehtari et al. 2024, arXiv:1507.02646.
+    Vehtari et al. 2024, arXiv:1507.02646, algorithm 1.
 
     Parameters
     ----------

@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing(python):
 def test_a_step_raises_the_density_to_a_power(python):
     approx = located()
     step = make_step(approx, np.zeros((2, 2, 1)), obj_optimizer=pm.sgd(learning_rate=0.1))
-    step(1.0, 0.5)  # half of the prior's part of the gradient -3
+    step(1.0, 0.5)  # the gradient -3 is halved
     assert_allclose(weight(approx), 0.15)
 
 
