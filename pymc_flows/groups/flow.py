@@ -49,10 +49,10 @@ from pymc_flows.model.space import draws_of_start, unconstrained_start
 class FlowGroup(NoiseGroup):
     """Variables whose joint posterior is a normalizing flow's.
 
-    The density of a draw is the density of its base noise divided by the Jacobian's determinant
-    (Rezende & Mohamed 2015, arXiv:1505.05770, eq. 7). The group is made by ``pm.Group([...],
-    vfam=<family or formula>, **options)``. None instead of the list means all variables that no
-    other group contains.
+    The density of a draw is the density of its base noise divided by the Jacobian's absolute
+    determinant (Rezende & Mohamed 2015, arXiv:1505.05770, eq. 7). The group is made by
+    ``pm.Group([...], vfam=<family or formula>, **options)``. None instead of the list means all
+    variables that no other group contains.
 
     Parameters
     ----------

@@ -153,7 +153,7 @@ class MNFGroup(NoiseGroup):
 
     @property
     def by_rows(self) -> bool:
-        """Whether each variable has a layer of its own, with multipliers of rows."""
+        """Whether each variable has its own layer, with multipliers of rows."""
         return self.flow_options.get("multipliers", "rows") == "rows"
 
     def _shapes(self) -> list[tuple[int, int]]:

@@ -357,7 +357,7 @@ class NormalizingFlow(FlowApproximation):
     Parameters
     ----------
     flow : str, Bijection or FlowGroup, default "flow"
-        A family of :func:`pymc_flows.families`, a formula, a bijection, or one group.
+        A family of :func:`pymc_flows.families`, formula, bijection, or a group of all variables.
     model : Model, optional
         By default the model of the context.
     random_seed : int, optional

@@ -23,7 +23,7 @@ def approx(normal):
 
 
 def large_matrices():
-    """A model in which each draw has a matrix of its own, of 200 by 200."""
+    """A model in which each draw has its own matrix of 200 by 200."""
     places = np.arange(200.0)
     with pm.Model() as model:
         scale = pm.HalfNormal("scale")

@@ -151,5 +151,5 @@ def test_restarts_begin_anew_if_the_user_gave_the_weights(python):
         NFVI(approx, random_seed=1).fit(
             200, n_restarts=2, learning_rate=0.1, callbacks=[record], progressbar=False, **fit
         )
-    # the second fit begins as far off as the first, and not at what the first reached
+    # the second fit starts as far away as the first, not at the result of the first
     assert abs(starts[1] - starts[0]) < 0.3 * abs(starts[0])

@@ -5,9 +5,13 @@ import pymc as pm
 
 import pymc_flows as pmf
 
-# seed of the draws that are kept beside each file, and their number
-SEED, N_DRAWS = 3, 20
+# seed of the draws that accompany each file
+SEED = 3
+# number of these draws
+N_DRAWS = 20
+# options of mnf groups
 MNF = {"n_layers": 2, "n_auxiliary_layers": 2, "hidden": 3, "n_statistics": 2}
+# families that the files cover, with their options
 FAMILIES = {
     "planar": {"n_layers": 2},
     "radial": {"n_layers": 2, "affine": "diagonal"},

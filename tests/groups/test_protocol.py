@@ -34,7 +34,7 @@ WITHOUT_DENSITY = {"planar": "'planar' has none", "mnf": "an mnf group has none"
 
 
 def build_model():
-    """A matrix, and a positive variable beside it."""
+    """A matrix and a positive variable."""
     with pm.Model() as model:
         pm.Normal("w", shape=(2, 2))
         pm.HalfNormal("s")
@@ -103,7 +103,7 @@ def test_draws_have_one_log_q_and_score(name, member, evaluate):
 
 @pytest.mark.parametrize("name", ["flow", "realnvp", "planar", "mean_field", "full_rank"])
 def test_the_score_gives_the_gradient_of_log_q_by_the_chain_rule(name, member, evaluate):
-    """With a normal base; :func:`test_the_density_of_given_points_is_log_q` has the others."""
+    """This covers normal bases; :func:`test_the_density_of_given_points_is_log_q` covers others."""
     assert member.has_normal_base
     noise = pt.constant(noise_of(member)).copy()
     x, log_q, score = member.draws_and_score(noise)
