@@ -115,7 +115,7 @@ def record_of_context(
         return {"array": f"{label}_context", "dtype": str(array.dtype)}
     raise TypeError(
         "context must be an array, pm.Data, or a pm.Deterministic of data alone, to be saved, got "
-        f"{context}: give the weights, params[0], to a group with such a context, and save that group"
+        f"{context}: give the weights, params[0], to a group with such a context, and save it"
     )
 
 
