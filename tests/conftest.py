@@ -15,17 +15,29 @@ from pytensor.compile.mode import Mode
 from pymc_flows import FlowApproximation, load, save
 from pymc_flows.backend import compilation
 
+# dimension and scale of perturbed weights at which `make test-fast` checks the laws of layers
+FAST_DIM = 3
+FAST_SCALE = 1.0
+
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Run a bijection's tests one after another, so that one worker compiles its functions."""
+    """Order and mark the laws of layers.
+
+    A bijection's tests run one after another, so that one worker compiles its functions.
+    ``make test-fast`` checks each law in three dimensions and at one scale of the weights only.
+    """
     first: dict = {}
     places = {}
     for place, item in enumerate(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         kind = (item.path, repr(params["bijection"])) if "bijection" in params else item.nodeid
         places[item.nodeid] = first.setdefault(kind, place)
+        bijection, scale = params.get("bijection"), params.get("scale", FAST_SCALE)
+        if bijection is not None and (bijection.dim, scale) != (FAST_DIM, FAST_SCALE):
+            item.add_marker("fit")
     items.sort(key=lambda item: places[item.nodeid])
 
 

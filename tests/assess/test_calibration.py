@@ -19,6 +19,7 @@ def conjugate(sd=1.0):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.fit
 def test_ranks_of_exact_posteriors_are_uniform(python):
     found = calibrate(

@@ -87,6 +87,7 @@ def log_density_in_scipy(base, z, flat):
             return np.log(density)
 
 
+@pytest.mark.fit
 @over_scales
 @over_cases
 def test_densities_agree_with_scipy(base, scale):
@@ -284,6 +285,7 @@ def test_pymc_samples_flows_with_these_bases(base, python):
     assert (np.linalg.eigvalsh(covariance) > 0).all()
 
 
+@pytest.mark.fit
 @over_bases
 def test_a_loaded_fit_has_the_same_draws(base, tmp_path, python):
     approx = moved(base, n_layers=1, hidden=(4,))

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytensor
 import pytensor.tensor as pt
+import pytest
 from bijections.cases import PYTHON, over_cases, over_scales, perturbed, score_rounding
 from numpy.testing import assert_allclose
 
@@ -61,6 +62,7 @@ def compiled_with_context(bijection):
         return pytensor.function([z, score, context, flat], outputs, mode=PYTHON)
 
 
+@pytest.mark.fit
 @over_scales
 @over_cases(argvalues=CONDITIONED)
 def test_the_laws_hold_in_every_context(bijection, scale):

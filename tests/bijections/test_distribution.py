@@ -37,6 +37,7 @@ def test_log_q_of_draws_is_their_density(flow):
     assert_allclose(log_q, of_points)
 
 
+@pytest.mark.fit
 def test_the_score_is_the_gradient_of_the_density(flow):
     x, log_q, score = evaluated(*flow.draws_and_score(noise_of(flow)))
     point = pt.constant(x).copy()

@@ -28,6 +28,7 @@ def test_spectral_bound_is_above_the_largest_singular_value(shape, scale):
     assert 1 - 1e-12 < bound(value) / largest < min(shape) ** (1 / 16) + 1e-12
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("dim", [2, 7])
 def test_a_residual_layer_keeps_its_lipschitz_bound(dim):
     """The bound holds between any two points, at weights whose norms far exceed it."""

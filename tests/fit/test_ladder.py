@@ -120,6 +120,7 @@ def test_callbacks_keep_the_shape_of_the_weights_in_a_second_stage():
     assert [i for _, i in n_losses] == list(range(1, approx.hist.size + 1))
 
 
+@pytest.mark.slow
 def test_draws_without_a_density_make_weights_uneven(python):
     with pm.Model() as model:
         x = pm.Normal("x")

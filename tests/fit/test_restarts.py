@@ -28,6 +28,7 @@ def test_restarts_that_agree_are_reported(normal, python):
     assert_allclose(elbo, max(first["elbo"], second["elbo"]), atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit misses")
 def test_restarts_that_disagree_cause_a_warning(python):
     with two_modes(15.0), pytest.warns(UserWarning, match="the restarts disagree"):

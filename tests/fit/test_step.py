@@ -3,6 +3,7 @@
 import numpy as np
 import pymc as pm
 import pytensor
+import pytest
 from fit.models import independent
 from fit.steps import NOISE, gradient, located, make_step, weight
 from numpy.testing import assert_allclose
@@ -106,6 +107,7 @@ def test_a_rate_of_nan_changes_nothing(python):
     assert weight(approx) == 0
 
 
+@pytest.mark.fit
 def test_weighing_does_not_train_with_a_users_optimizer(python):
     with independent(2):
         approx = NormalizingFlow("scale-loc", random_seed=1)

@@ -206,8 +206,6 @@ def test_only_flows_are_placed_and_grow(name):
     assert not member.may_grow
     assert member.n_layers == 0
     with pytest.raises(NotImplementedError, match="can't be placed"):
-        member.place(np.zeros(4), np.ones(4))
-    with pytest.raises(NotImplementedError, match="can't be placed"):
         member.restart(np.zeros(4), np.ones(4))
     with pytest.raises(NotImplementedError, match="has no mixture base"):
         member.put_components([(np.zeros(4), np.ones(4))])
@@ -221,6 +219,7 @@ def test_only_matrices_of_mnf_allow_local_draws(name, member):
     assert member.local_laws({}) == {}
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("vfam", ["mean_field", "full_rank"])
 def test_a_fit_sets_no_attribute_on_pymcs_groups(vfam, python):
     model = build_model()

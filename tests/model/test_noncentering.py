@@ -65,6 +65,7 @@ def compiled(prior):
     return model, layer, pytensor.function([y, flat], outputs, mode=PYTHON)
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_layer_is_a_bijection_with_its_log_det(prior):
     _, layer, function = compiled(prior)

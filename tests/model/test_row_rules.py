@@ -159,6 +159,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("build", REFUSED, ids=lambda build: build.__name__)
 def test_matrices_whose_rows_mix_are_refused(build):
     """The fit raises, and names the operation, if local reparameterization was asked for."""

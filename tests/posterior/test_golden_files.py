@@ -52,6 +52,7 @@ def test_every_case_of_every_format_has_a_file():
         assert {path.stem for path in folder.glob("*.nc")} == expected
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_weights_and_history_are_the_files(path):
     """They are equal exactly, since loading does no arithmetic with them."""

@@ -100,6 +100,7 @@ def test_a_loaded_fit_trains_further(tmp_path, python):
     assert (again.params[0].get_value() != before).any()
 
 
+@pytest.mark.fit
 def test_fits_of_pymcs_advi_are_saved_too(tmp_path, python):
     with model():
         approx = pm.fit(20, method="fullrank_advi", random_seed=1, progressbar=False)

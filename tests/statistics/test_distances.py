@@ -16,6 +16,7 @@ def draws(seed, scale=1.0, size=600, correlation=0.0):
     return scale * z
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("measure", MEASURES)
 def test_equal_distributions_exceed_the_null_level_in_one_of_twenty_cases(measure):
     """Takes up to 6 s: 60 pairs of sets, with 200 permutations each."""
