@@ -14,10 +14,21 @@ from pytensor.compile.mode import Mode
 
 from pymc_flows import FlowApproximation, load, save
 from pymc_flows.backend import compilation
+from pymc_flows.bijections import (
+    BlockAutoregressive,
+    Continuous,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+    Residual,
+)
 
 # dimension and scale of perturbed weights at which `make test-fast` checks the laws of layers
 FAST_DIM = 3
 FAST_SCALE = 1.0
+# layers with loops over dimensions or time, which compile slowly
+LOOPED = (
+    BlockAutoregressive, Continuous, InverseAutoregressive, MaskedAutoregressive, Residual,
+)  # fmt: skip
 
 PYTHON = Mode(linker="py", optimizer="fast_compile")
 
@@ -27,7 +38,8 @@ def pytest_collection_modifyitems(items):
     """Order and mark the laws of layers.
 
     A bijection's tests run one after another, so that one worker compiles its functions.
-    ``make test-fast`` checks each law in three dimensions and at one scale of the weights only.
+    ``make test-fast`` checks each law in three dimensions and at one scale of the weights only, and
+    leaves out layers with loops.
     """
     first: dict = {}
     places = {}
@@ -36,7 +48,9 @@ def pytest_collection_modifyitems(items):
         kind = (item.path, repr(params["bijection"])) if "bijection" in params else item.nodeid
         places[item.nodeid] = first.setdefault(kind, place)
         bijection, scale = params.get("bijection"), params.get("scale", FAST_SCALE)
-        if bijection is not None and (bijection.dim, scale) != (FAST_DIM, FAST_SCALE):
+        if bijection is not None and (
+            isinstance(bijection, LOOPED) or (bijection.dim, scale) != (FAST_DIM, FAST_SCALE)
+        ):
             item.add_marker("fit")
     items.sort(key=lambda item: places[item.nodeid])
 

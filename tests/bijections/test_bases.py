@@ -162,6 +162,7 @@ def test_float32_stays_float32(base):
         assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max(initial=1))
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("df", [1.01, 2.0, 30.0, 1e3, 1e5])
 def test_student_t_is_stable_at_all_degrees_of_freedom(df):
     base = StudentT(1, start=df)
