@@ -25,6 +25,7 @@ import pymc as pm
 import xarray as xr
 
 import pymc_flows as pmf
+from benchmarks import machine
 
 # Draws of each fit that are compared.
 DRAWS = 200
@@ -282,6 +283,18 @@ def refined_and_loaded() -> Any:
         return pmf.load(Path(folder) / "fit.nc", model)
 
 
+HEAD = [
+    "# Same seed, same draws",
+    "",
+    "Fits before and after a change of the package, seed 1: 200 draws of each, log_p and log_q.",
+    "Before and after are the first characters of a hash of these arrays. The last two columns are",
+    "the largest differences, in standard deviations of the variable and in nats.",
+    "",
+    "| fit | before | after | identical | draws, sd | densities, nats |",
+    "|" + "---|" * 6,
+]
+
+
 def draws_of(name: str) -> dict[str, np.ndarray]:
     """Fit one case; return its draws (draws, scalars) by variable, log_p and log_q."""
     with warnings.catch_warnings():
@@ -317,13 +330,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="file for the draws of this version")
     parser.add_argument("--against", type=Path, help="file with the draws of another version")
+    parser.add_argument("--version", default="an earlier version", help="what FILE was made with")
     parser.add_argument("--only", nargs="+", help="words; fits whose name contains one of them")
     parser.add_argument("--output", type=Path, help="file for the table")
     options = parser.parse_args()
     names = [n for n in CASES if not options.only or any(w in n for w in options.only)]
     found = {}
     known = np.load(options.against) if options.against else None
-    rows = ["| fit | before | after | identical | draws, sd | densities, nats |", "|" + "---|" * 6]
+    rows = [*HEAD]
     for name in names:
         started = time.perf_counter()
         drawn = draws_of(name)
@@ -338,6 +352,8 @@ def main() -> None:
     if options.write:
         np.savez_compressed(options.write, **found)
     if options.output:
+        made = f"Made by `python -m benchmarks.regression --against {options.against}`"
+        rows += ["", f"{made}, whose draws are of `{options.version}`. {machine.describe('jax')}."]
         options.output.write_text("\n".join(rows) + "\n")
 
 
