@@ -352,7 +352,7 @@ def main() -> None:
     if options.write:
         np.savez_compressed(options.write, **found)
     if options.output:
-        made = f"Made by `python -m benchmarks.regression --against {options.against}`"
+        made = f"Made by `python -m benchmarks.regression --against {options.against.name}`"
         rows += ["", f"{made}, whose draws are of `{options.version}`. {machine.describe('jax')}."]
         options.output.write_text("\n".join(rows) + "\n")
 
