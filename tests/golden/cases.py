@@ -198,8 +198,13 @@ def low_rank(vfam):
 
 # Cases of each format. Version a5ed9ab of format 1 could write all cases that version 7dd1b68 of
 # format 2 could, so format 2 has fewer files. Format 0 is the first version of format 1.
-ALL, NOT_SECOND, NAMED = (0, 1, 2, 3, 4), (0, 1, 3, 4), (0, 1, 4)
-SINCE_BASES, NAMED_SINCE_BASES = (1, 3, 4), (1, 4)
+ALL = (0, 1, 2, 3, 4)
+NOT_SECOND = (0, 1, 3, 4)
+# named families beyond the core cases
+NAMED = (0, 1, 4)
+# formats written since there are bases other than the normal
+SINCE_BASES = (1, 3, 4)
+NAMED_SINCE_BASES = (1, 4)
 # name: model, builder of the approximation, and formats
 CASES = {
     "default": (hierarchical, fitted(method="flow", n=30), ALL),

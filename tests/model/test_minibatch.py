@@ -11,9 +11,14 @@ from pymc_flows import NormalizingFlow
 from pymc_flows.model.minibatch import has_minibatch, whole_model
 
 RNG = np.random.default_rng(0)
-N, BATCH = 70, 10
-X, WEIGHTS = RNG.normal(size=(N, 3)), 0.3 * RNG.normal(size=(3, 2))
-CLASSES, PAIRS = RNG.integers(0, 2, N).astype("int32"), RNG.normal(size=(N, 2))
+# rows of the data
+N = 70
+# rows of a minibatch
+BATCH = 10
+X = RNG.normal(size=(N, 3))
+WEIGHTS = 0.3 * RNG.normal(size=(3, 2))
+CLASSES = RNG.integers(0, 2, N).astype("int32")
+PAIRS = RNG.normal(size=(N, 2))
 COUNTS = RNG.multinomial(5, [0.3, 0.7], size=N).astype("int32")
 # softmax and log-sum-exp have inner graphs, nested, with the shapes of the minibatches
 LIKELIHOODS = {
